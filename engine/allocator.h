@@ -1,0 +1,87 @@
+// Caching allocator: asks the device for large segments and serves blocks from them, so that a training step makes no
+// device allocation after the first. Size classes, best fit, split and merge, per-pool statistics, limits.
+// Every block carries a Tag, so a peak can be explained. The device is behind DeviceMemory: the tests use a fake one.
+// One compute stream: freed memory is safe to reuse at once, because work is ordered.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/device.h"
+
+namespace weft {
+
+enum class Category : uint8_t { parameter, gradient, optimizer, activation, workspace, data };
+inline constexpr int kCategories = 6;
+constexpr const char* name_of(Category c) {
+  constexpr const char* kNames[] = {"parameter", "gradient", "optimizer", "activation", "workspace", "data"};
+  return kNames[static_cast<int>(c)];
+}
+
+// Sets the category (and the layer's name) of what this thread allocates while it lives; scopes nest.
+// `layer` must outlive every block tagged with it: pass a literal or a name that a layer keeps.
+class MemoryScope {
+ public:
+  explicit MemoryScope(Category category);
+  MemoryScope(Category category, const char* layer);
+  ~MemoryScope();
+  MemoryScope(const MemoryScope&) = delete;
+  MemoryScope& operator=(const MemoryScope&) = delete;
+
+ private:
+  Category old_category_;
+  const char* old_layer_;
+};
+
+using ByCategory = std::array<int64_t, kCategories>;
+
+// Bytes. requested: what callers asked for; allocated: after rounding; reserved: taken from the device.
+struct MemoryStats {
+  int64_t requested = 0, allocated = 0, reserved = 0;
+  int64_t peak_requested = 0, peak_allocated = 0, peak_reserved = 0;
+  ByCategory current{}, peak{};    // allocated per category now, and each category's own peak
+  ByCategory at_peak{};            // the breakdown at the moment of peak_allocated
+  int64_t largest_free = 0;        // largest free block
+  int64_t device_allocations = 0;  // segments ever taken from the device
+  int64_t allocations = 0;         // blocks ever handed out
+};
+
+// What the allocator needs of a device. allocate returns nullptr when the device has no more.
+class DeviceMemory {
+ public:
+  virtual ~DeviceMemory() = default;
+  virtual void* allocate(size_t bytes) = 0;
+  virtual void release(void* p) noexcept = 0;
+  virtual size_t total() const = 0;   // bytes of the whole device
+  virtual std::string name() const = 0;
+};
+
+class CachingAllocator {
+ public:
+  explicit CachingAllocator(std::unique_ptr<DeviceMemory> device);
+  ~CachingAllocator();
+  // Memory of at least `bytes` (>= 0), aligned to 512 bytes; nullptr for 0 bytes. Throws Fault::device with what was
+  // asked, what is held and by which category when the device or the limit has no more.
+  void* allocate(int64_t bytes);
+  void free(void* p) noexcept;
+
+  MemoryStats stats() const;
+  void reset_peaks();
+  // At most this many bytes reserved; 0 means no limit but the device's.
+  void set_limit(int64_t bytes);
+  // Gives every segment that no block uses back to the device.
+  void release_cached();
+
+ private:
+  struct Core;
+  std::unique_ptr<Core> core_;
+};
+
+// The process's allocator of a device.
+CachingAllocator& allocator(Device d);
+
+}  // namespace weft

@@ -1,0 +1,90 @@
+// Counter-based random numbers (Philox4x32-10; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+// A number is a pure function of (seed, stream, index): the CPU and the GPU draw the same bits, and a mask is
+// regenerated where it is needed instead of being stored.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <string_view>
+
+#ifdef __CUDACC__
+#define WEFT_HD __host__ __device__
+#else
+#define WEFT_HD
+#endif
+
+namespace weft {
+
+// One random field: element i is philox(seed, stream, i / 4)[i % 4].
+struct RngKey {
+  uint64_t seed = 0;
+  uint64_t stream = 0;
+};
+
+struct Philox4 {
+  uint32_t v[4];
+};
+
+WEFT_HD inline Philox4 philox(RngKey key, uint64_t counter) {
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32);
+  uint32_t c2 = static_cast<uint32_t>(key.stream), c3 = static_cast<uint32_t>(key.stream >> 32);
+  uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// 32 random bits of element `index`.
+WEFT_HD inline uint32_t random_bits(RngKey key, uint64_t index) { return philox(key, index / 4).v[index % 4]; }
+
+// Bernoulli keeps an element where its bits are below this; exact to 2^-32.
+WEFT_HD inline uint32_t keep_threshold(double drop_probability) {
+  const double t = (1.0 - drop_probability) * 4294967296.0;
+  return t >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(t);
+}
+
+// Uniform in (0, 1).
+WEFT_HD inline float to_uniform(uint32_t bits) {
+  return (static_cast<float>(bits >> 8) + 0.5f) * (1.0f / 16777216.0f);
+}
+
+// Standard normal of element `index` (Box-Muller; elements 2j and 2j+1 share a pair of uniforms).
+WEFT_HD inline float random_normal(RngKey key, uint64_t index) {
+  const Philox4 r = philox(key, index / 4);
+  const int pair = static_cast<int>(index % 4) / 2 * 2;
+  const float radius = sqrtf(-2.0f * logf(to_uniform(r.v[pair])));
+  const float angle = 6.2831853071795865f * to_uniform(r.v[pair + 1]);
+  return radius * (index % 2 == 0 ? cosf(angle) : sinf(angle));
+}
+
+// Uniform integer in [0, bound); bias below bound / 2^64.
+WEFT_HD inline uint64_t random_below(RngKey key, uint64_t index, uint64_t bound) {
+  const Philox4 r = philox(key, index);
+  const uint64_t bits = uint64_t{r.v[0]} << 32 | r.v[1];
+  return static_cast<uint64_t>((static_cast<unsigned __int128>(bits) * bound) >> 64);
+}
+
+// A stable 64-bit number for a name (FNV-1a): gives each parameter, and each random decision, a stream of its own.
+constexpr uint64_t stream_of(std::string_view name) {
+  uint64_t h = 0xcbf29ce484222325u;
+  for (const char c : name) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
+  return h;
+}
+
+// Hands out one fresh key per random op of a step, in program order: the same (seed, step) gives the same sequence.
+class Rng {
+ public:
+  Rng(uint64_t seed, uint64_t step) : seed_(seed), next_(step << 20) {}
+  RngKey next() { return {seed_, next_++}; }
+
+ private:
+  uint64_t seed_, next_;
+};
+
+}  // namespace weft
