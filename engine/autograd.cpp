@@ -1,0 +1,95 @@
+#include "engine/autograd.h"
+
+#include <algorithm>
+#include <atomic>
+#include <unordered_set>
+#include <utility>
+
+#include "engine/allocator.h"
+#include "engine/ops.h"
+
+namespace weft {
+namespace {
+
+thread_local bool recording = true;
+std::atomic<uint64_t> next_order{0};
+
+// Adds dy to the node's sum. A leaf's sum is its own memory; any other node first borrows dy, and adds in place only
+// while nothing else holds it: an op may hand one dy to several inputs.
+void accumulate(Node& node, const Tensor& dy) {
+  check(dy.shape() == node.shape, "the gradient of {}'s output has shape {}, its value {}", node.op, dy.shape().str(),
+        node.shape.str());
+  if (node.grad && (node.leaf || node.grad.sole_owner())) {
+    add_into(node.grad, dy);
+  } else if (node.grad) {
+    node.grad = add(node.grad, dy.dtype() == node.grad.dtype() ? dy : cast(dy, node.grad.dtype()));
+  } else if (node.leaf) {
+    MemoryScope scope(Category::gradient);
+    node.grad = Tensor::empty(node.shape, node.dtype, dy.device());
+    copy_into(node.grad, dy);
+  } else {
+    node.grad = dy.dtype() == node.dtype ? dy.detached() : cast(dy, node.dtype);
+  }
+}
+
+}  // namespace
+
+NoGrad::NoGrad() : before_(recording) { recording = false; }
+NoGrad::~NoGrad() { recording = before_; }
+
+Tensor record(const char* op, Tensor y, const std::vector<Tensor>& inputs, GradientFn gradient) {
+  y.set_node(nullptr);
+  if (!recording || std::none_of(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.needs_grad(); })) return y;
+  auto node = std::make_shared<Node>(op, next_order++, y.shape(), y.dtype());
+  for (const Tensor& x : inputs) node->inputs.push_back(x.node());
+  node->gradient = std::move(gradient);
+  y.set_node(std::move(node));
+  return y;
+}
+
+Tensor leaf(const Tensor& x) {
+  Tensor t = x.detached();
+  auto node = std::make_shared<Node>("leaf", next_order++, t.shape(), t.dtype());
+  node->leaf = true;
+  t.set_node(std::move(node));
+  return t;
+}
+
+void backward(const Tensor& loss) {
+  check(loss.numel() == 1 && loss.needs_grad(), "backward needs one element that depends on a leaf, found shape {}{}",
+        loss.shape().str(), loss.needs_grad() ? "" : " without a node");
+  NoGrad no_grad;
+  std::vector<std::shared_ptr<Node>> nodes;
+  {
+    std::unordered_set<Node*> seen{loss.node().get()};
+    std::vector<std::shared_ptr<Node>> stack{loss.node()};
+    while (!stack.empty()) {
+      std::shared_ptr<Node> node = std::move(stack.back());
+      stack.pop_back();
+      for (const auto& input : node->inputs)
+        if (input && seen.insert(input.get()).second) stack.push_back(input);
+      nodes.push_back(std::move(node));
+    }
+  }
+  std::sort(nodes.begin(), nodes.end(), [](const auto& a, const auto& b) { return a->order > b->order; });
+
+  Tensor one = Tensor::empty(loss.shape(), loss.dtype(), loss.device());
+  fill(one, 1.0);
+  accumulate(*loss.node(), one);
+  for (std::shared_ptr<Node>& node : nodes) {
+    if (!node->leaf && node->grad) {
+      check(static_cast<bool>(node->gradient), "the graph of {} was walked twice", node->op);
+      GradientFn gradient = std::exchange(node->gradient, nullptr);
+      Gradients gradients = gradient(std::exchange(node->grad, {}));
+      gradient = nullptr;
+      check(gradients.size() == node->inputs.size(), "{} has {} inputs and gave {} gradients", node->op,
+            node->inputs.size(), gradients.size());
+      for (size_t i = 0; i < gradients.size(); ++i)
+        if (Tensor dx = std::exchange(gradients[i], {}); dx && node->inputs[i]) accumulate(*node->inputs[i], dx);
+    }
+    node->inputs.clear();
+    node = nullptr;
+  }
+}
+
+}  // namespace weft

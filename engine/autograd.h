@@ -1,0 +1,50 @@
+// Reverse-mode differentiation: one tape, one differentiable output per op. An op calls record() on its finished
+// output with its inputs and a closure from dy to the inputs' gradients; what the closure captures is what is saved.
+// A closure that needs its own output captures it before record() attaches the node, so no cycle can form.
+#pragma once
+#include <functional>
+#include <vector>
+
+#include "engine/tensor.h"
+
+namespace weft {
+
+// Gradients in the order of the op's inputs; no tensor where an input has none (check needs_grad() to skip the work).
+// Each has its input's shape; its dtype may be narrower (backward converts when it adds).
+using Gradients = std::vector<Tensor>;
+using GradientFn = std::function<Gradients(const Tensor& dy)>;
+
+struct Node {
+  const char* op;
+  uint64_t order;  // of creation: backward runs from the highest to the lowest
+  Shape shape;
+  DType dtype;
+  std::vector<std::shared_ptr<Node>> inputs;  // null where an input needs no gradient
+  GradientFn gradient;                        // empty on a leaf, and after it ran
+  Tensor grad;                                // the sum so far; a leaf keeps it
+  bool leaf = false;
+};
+
+// Attaches a node to y when recording is on and an input needs a gradient; returns y.
+Tensor record(const char* op, Tensor y, const std::vector<Tensor>& inputs, GradientFn gradient);
+
+// x as a leaf: backward adds to its grad(), in x's dtype, and keeps it until clear_grad().
+Tensor leaf(const Tensor& x);
+
+// Adds d(loss)/d(leaf) to every leaf's grad(). loss has one element. Each node's closure is dropped as soon as it ran,
+// so saved activations return to the allocator on the way; a graph can be walked once.
+void backward(const Tensor& loss);
+
+// While one lives, ops of this thread record nothing.
+class NoGrad {
+ public:
+  NoGrad();
+  ~NoGrad();
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
+}  // namespace weft

@@ -1,0 +1,92 @@
+// Every op of the engine: one declaration and its contract. Each is defined in engine/ops/<op>.cu, with its formula,
+// CPU loops, kernels and gradient. Letters: B batch, T time, D width, H heads, E experts, K chosen, V vocabulary,
+// N tokens (B*T). Floating inputs of one op share a dtype and a device unless a line says otherwise; sums are kept in
+// f32 (f64 for f64). Misuse throws Fault::internal with the shapes found.
+#pragma once
+#include "engine/autograd.h"
+#include "engine/random.h"
+#include "engine/tensor.h"
+
+namespace weft {
+
+// ---- element by element
+Tensor add(const Tensor& a, const Tensor& b);  // a + b, same shape
+Tensor mul(const Tensor& a, const Tensor& b);  // a * b, same shape
+Tensor scale(const Tensor& x, double s);       // s * x
+Tensor silu(const Tensor& x);                  // x / (1 + exp(-x))
+Tensor cast(const Tensor& x, DType dtype);     // x in another floating dtype; x itself when it is that already
+// x / (1-p) where kept, else 0; element i is kept where random_bits(key, i) < keep_threshold(p). The mask is drawn
+// again in the gradient. p = 0 gives x itself.
+Tensor dropout(const Tensor& x, double p, RngKey key);
+// x + std * random_normal(key, i); gradient 1.
+Tensor add_normal(const Tensor& x, double std, RngKey key);
+
+// ---- shape
+Tensor reshape(const Tensor& x, const Shape& shape);                    // shares data
+Tensor slice_last(const Tensor& x, int64_t from, int64_t to);           // columns [from, to) of the last axis, copied
+// [a, b] along the last axis: a [.., H, Da], b [.., H or 1, Db] -> [.., H, Da+Db]; a single head of b serves all of a's.
+Tensor concat_last(const Tensor& a, const Tensor& b);
+
+// ---- reductions to one f32 (f64 for f64) element of shape []
+Tensor sum(const Tensor& x);
+Tensor mean(const Tensor& x);
+
+// ---- products
+enum class Transpose : uint8_t { none, a, b };
+// a [.., M, K] b [K, N] -> [.., M, N] (all of a's leading axes are rows); Transpose::b takes b as [N, K] (a Linear
+// weight), Transpose::a takes a as [K, M] (rank 2). bias [N] is optional.
+Tensor matmul(const Tensor& a, const Tensor& b, Transpose transpose = Transpose::none, const Tensor& bias = {});
+
+// ---- layers
+// x / sqrt(mean(x^2) + eps) * weight along the last axis (Zhang & Sennrich, 2019). weight [D], f32 or x's dtype.
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+// scale * table[ids]: ids i32 of any shape, table [V, D] -> [.., D] in `dtype`. The gradient is summed in a fixed
+// order, so it is deterministic; it has the table's dtype. An id outside the table reads as zeros and is reported by
+// the loader's check, not here.
+Tensor embedding(const Tensor& ids, const Tensor& table, double scale, DType dtype);
+// Rotates interleaved pairs (2i, 2i+1) of the last R columns of x [B, T, H, D] by the angles of table (Su et al.,
+// 2021); leaves the first D-R columns. table f32 [>=T, R]: cos in even, sin in odd columns (engine/nn/rope.h makes it).
+Tensor rope(const Tensor& x, const Tensor& table);
+Tensor softmax(const Tensor& x);  // along the last axis
+struct AttentionOptions {
+  double scale;       // multiplies q.k
+  double dropout = 0; // of the probabilities
+  RngKey key{};       // element ((b*H + h)*T + t)*T + s
+};
+// Causal attention: softmax(scale * q k^T, s <= t) v. q [B,T,H,Dk], k [B,T,H or 1,Dk] (one shared key head),
+// v [B,T,H,Dv] -> [B,T,H,Dv]. On the GPU no [T, T] matrix reaches device memory.
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
+
+// ---- mixture of experts: which tokens go to which expert stays on the device
+struct Routing {
+  Tensor experts;  // i32 [N, K]: the chosen experts, best logit first; ties go to the lower index
+  Tensor slots;    // i32 [N, K]: the row of choice (n, k) when all choices are sorted by expert (stable in n, then k)
+  Tensor sources;  // i32 [N*K]: the inverse: choice n*K+k that stands in a row
+  Tensor offsets;  // i32 [E+1]: expert e owns rows [offsets[e], offsets[e+1])
+};
+Routing route_top_k(const Tensor& logits, int64_t k);                       // logits f32|f64 [N, E]; not differentiable
+Tensor routing_weights(const Tensor& logits, const Routing& r);             // softmax over the chosen logits [N, K]
+// E * sum_e (share of the N*K choices that went to e) * mean_n softmax(logits)[n, e] -> [] (Fedus et al., 2021).
+Tensor balance_loss(const Tensor& logits, const Routing& r);
+Tensor gather_rows(const Tensor& x, const Routing& r);                      // [N, D] -> [N*K, D] sorted by expert
+// y [N*K, D] sorted by expert, weights [N, K] in f32 (f64 for f64) -> sum_k weights[n,k] * y[slots[n,k]], [N, D].
+Tensor combine_rows(const Tensor& y, const Tensor& weights, const Routing& r);
+// Rows of expert e times w[e] transposed: x [R, I], w [E, O, I] -> [R, O]. Experts may be empty.
+Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r);
+
+// ---- loss
+// Mean over rows of -log softmax(logits)[target]: logits [.., V], targets i32 -> [] in f32 (f64 for f64).
+Tensor cross_entropy(const Tensor& logits, const Tensor& targets);
+// How many rows have their largest logit at the target (the lowest index among equals): i32 []. Not differentiable.
+Tensor count_correct(const Tensor& logits, const Tensor& targets);
+
+// ---- in place, not differentiable
+void zero(const Tensor& x);                              // any dtype
+void fill(const Tensor& x, double value);
+void fill_normal(const Tensor& x, double std, RngKey key);  // std * random_normal(key, i)
+void add_into(const Tensor& sum, const Tensor& x);       // sum += x; dtypes may differ
+void copy_into(const Tensor& to, const Tensor& x);       // to = x, converting; same numel
+// Sum of squares of all of them: f32 []; a nan or infinity anywhere gives nan or infinity.
+Tensor squared_norm(const std::vector<Tensor>& xs);
+
+}  // namespace weft
