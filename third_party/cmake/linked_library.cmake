@@ -1,0 +1,36 @@
+# weft_find_linked(NAME library header program version_header field...): finds one of NVIDIA's optional libraries and
+# proves it by linking `program` against it. NAME_ROOT (a CMake or an environment variable) points at an installation
+# that is not in a default place: the folder that holds include/ and lib*/ (the Python wheels have that form too).
+# Sets NAME_FOUND and NAME_VERSION (from the #defines NAME_<field>) and makes the target NAME::library.
+include(CheckCXXSourceCompiles)
+macro(weft_find_linked name library header program version_header)
+  find_path(${name}_INCLUDE_DIR ${header} HINTS ${${name}_ROOT} $ENV{${name}_ROOT} ${CUDAToolkit_INCLUDE_DIRS} PATH_SUFFIXES include)
+  find_library(${name}_LIBRARY NAMES ${library} HINTS ${${name}_ROOT} $ENV{${name}_ROOT} ${CUDAToolkit_LIBRARY_DIR}
+               PATH_SUFFIXES lib lib64 lib/x86_64-linux-gnu)
+  set(${name}_FOUND OFF)
+  if(${name}_INCLUDE_DIR AND ${name}_LIBRARY)
+    set(CMAKE_REQUIRED_INCLUDES ${${name}_INCLUDE_DIR} ${CUDAToolkit_INCLUDE_DIRS})
+    set(CMAKE_REQUIRED_LIBRARIES ${${name}_LIBRARY} CUDA::cudart)
+    check_cxx_source_compiles("#include <${header}>\nint main() { ${program} }" ${name}_LINKS)
+    unset(CMAKE_REQUIRED_INCLUDES)
+    unset(CMAKE_REQUIRED_LIBRARIES)
+  endif()
+  if(${name}_LINKS)
+    set(${name}_FOUND ON)
+    set(${name}_VERSION "")
+    foreach(field ${ARGN})
+      file(STRINGS ${${name}_INCLUDE_DIR}/${version_header} line REGEX "^#define ${name}_${field} ")
+      string(REGEX REPLACE "[^0-9]*([0-9]+).*" "\\1" line "${line}")
+      string(APPEND ${name}_VERSION "${line}.")
+    endforeach()
+    string(REGEX REPLACE "[.]$" "" ${name}_VERSION "${${name}_VERSION}")
+    add_library(${name}::${library} UNKNOWN IMPORTED)
+    set_target_properties(${name}::${library} PROPERTIES IMPORTED_LOCATION ${${name}_LIBRARY}
+                          INTERFACE_INCLUDE_DIRECTORIES ${${name}_INCLUDE_DIR})
+    weft_dependency("${name}" "${${name}_VERSION} at ${${name}_LIBRARY}")
+  elseif(${name}_INCLUDE_DIR AND ${name}_LIBRARY)
+    weft_dependency("${name}" "not used: ${${name}_LIBRARY} does not link (see CMakeFiles/CMakeError.log or CMakeConfigureLog.yaml)")
+  else()
+    weft_dependency("${name}" "not found (set ${name}_ROOT to point at it)")
+  endif()
+endmacro()
