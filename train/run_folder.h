@@ -1,0 +1,27 @@
+// The folder of one experiment: resolved_config.json, env.json, metrics.jsonl (a line per training and evaluation
+// point, flushed as it is made) and results.json (replaced whole after every run). tools/report reads it.
+#pragma once
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+
+namespace weft {
+
+using Json = nlohmann::ordered_json;
+
+class RunFolder {
+ public:
+  // Makes the folder. Throws Fault::usage when it already holds something, Fault::io when it cannot be written.
+  explicit RunFolder(const std::string& path);
+  const std::string& path() const { return path_; }
+  // Replaces a file whole: writes beside it, then renames. Throws Fault::io.
+  void write(const std::string& name, const Json& content) const;
+  // Appends a line to metrics.jsonl. Throws Fault::io.
+  void append_metric(const Json& point);
+
+ private:
+  std::string path_;
+  std::ofstream metrics_;
+};
+
+}  // namespace weft
