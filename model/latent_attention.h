@@ -1,0 +1,68 @@
+// `lora`, `enhanced`: multi-head latent attention (DeepSeek-V2, 2024; V3). Keys and values of all heads come from one
+// narrow latent per token; the rotary part of the key is one head that all share. Queries may have a low rank too.
+#pragma once
+#include <cmath>
+#include <optional>
+
+#include "engine/nn/linear.h"
+#include "engine/nn/mode.h"
+#include "engine/nn/rms_norm.h"
+#include "engine/nn/rope.h"
+#include "model/config.h"
+
+namespace weft {
+
+struct LatentAttention {
+  int64_t heads, latent, rotary, plain, value;  // sizes; `plain` is the part of a query and key without position
+  double scale, dropout;
+  std::optional<Linear> q_proj, q_a_proj, q_b_proj;  // either the first, or the others with their norm
+  std::optional<RmsNorm> q_a_layernorm;
+  Linear kv_a_proj_with_mqa;
+  RmsNorm kv_a_layernorm;
+  Linear kv_b_proj, o_proj;
+  Rope rope;
+
+  LatentAttention(const Config& c, Scope s, const Rope& rope)
+      : heads(c.heads), latent(c.kv_lora_rank), rotary(c.qk_rope_head_dim), plain(c.qk_nope_head_dim),
+        value(c.v_head_dim), scale(score_scale(c)), dropout(c.dropout),
+        kv_a_proj_with_mqa(s / "kv_a_proj_with_mqa", c.hidden_size, latent + rotary, c.init_std, bias(c)),
+        kv_a_layernorm(s / "kv_a_layernorm", latent, c.rms_norm_eps),
+        kv_b_proj(s / "kv_b_proj", latent, heads * (plain + value), c.init_std),
+        o_proj(s / "o_proj", heads * value, c.hidden_size, c.init_std, bias(c)), rope(rope) {
+    if (c.q_lora_rank == 0) {
+      q_proj.emplace(s / "q_proj", c.hidden_size, heads * (plain + rotary), c.init_std);
+    } else {
+      q_a_proj.emplace(s / "q_a_proj", c.hidden_size, c.q_lora_rank, c.init_std, bias(c));
+      q_a_layernorm.emplace(s / "q_a_layernorm", c.q_lora_rank, c.rms_norm_eps);
+      q_b_proj.emplace(s / "q_b_proj", c.q_lora_rank, heads * (plain + rotary), c.init_std);
+    }
+  }
+
+  Tensor operator()(const Tensor& x, const Mode& mode) const {  // [B, T, D]
+    const int64_t b = x.size(0), t = x.size(1);
+    const Tensor queries = q_proj ? (*q_proj)(x) : (*q_b_proj)((*q_a_layernorm)((*q_a_proj)(x)));
+    const Tensor q = rope(reshape(queries, {b, t, heads, plain + rotary}));
+
+    const Tensor compressed = kv_a_proj_with_mqa(x);  // [B, T, latent + rotary]
+    const Tensor shared_key = rope(reshape(slice_last(compressed, latent, latent + rotary), {b, t, 1, rotary}));
+    const Tensor kv = reshape(kv_b_proj(kv_a_layernorm(slice_last(compressed, 0, latent))),
+                              {b, t, heads, plain + value});
+    const Tensor k = plain > 0 ? concat_last(slice_last(kv, 0, plain), shared_key) : shared_key;
+    const Tensor v = plain > 0 ? slice_last(kv, plain, plain + value) : kv;
+
+    AttentionOptions options{.scale = scale};
+    if (mode.training && dropout > 0) options.dropout = dropout, options.key = mode.key();
+    return o_proj(reshape(attention(q, k, v, options), {b, t, heads * value}));
+  }
+
+ private:
+  static Bias bias(const Config& c) { return c.attention_bias ? Bias::with : Bias::none; }
+  static double score_scale(const Config& c) {
+    const double m = c.rope_scaling == "yarn" && c.rope_mscale_all_dim != 0
+                         ? yarn_mscale(c.rope_factor, c.rope_mscale_all_dim)
+                         : 1;
+    return m * m / std::sqrt(static_cast<double>(c.qk_nope_head_dim + c.qk_rope_head_dim));
+  }
+};
+
+}  // namespace weft

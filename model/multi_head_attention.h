@@ -1,0 +1,35 @@
+// `baseline`: causal multi-head attention with one fused projection and rotary queries and keys.
+#pragma once
+#include <cmath>
+
+#include "engine/nn/linear.h"
+#include "engine/nn/mode.h"
+#include "engine/nn/rope.h"
+#include "model/config.h"
+
+namespace weft {
+
+struct MultiHeadAttention {
+  int64_t width, heads;
+  double dropout;
+  Linear qkv, w_o;
+  Rope rope;
+
+  MultiHeadAttention(const Config& c, Scope s, const Rope& rope)
+      : width(c.hidden_size), heads(c.heads), dropout(c.dropout), qkv(s / "qkv", width, 3 * width, c.init_std),
+        w_o(s / "w_o", width, width, c.init_std), rope(rope) {}
+
+  Tensor operator()(const Tensor& x, const Mode& mode) const {  // [B, T, D]
+    const int64_t b = x.size(0), t = x.size(1), head = width / heads;
+    const Tensor fused = qkv(x);  // [B, T, 3D]
+    const auto part = [&](int64_t i) {
+      return reshape(slice_last(fused, i * width, (i + 1) * width), {b, t, heads, head});
+    };
+    AttentionOptions options{.scale = 1 / std::sqrt(static_cast<double>(head))};
+    if (mode.training && dropout > 0) options.dropout = dropout, options.key = mode.key();
+    const Tensor y = attention(rope(part(0)), rope(part(1)), part(2), options);  // [B, T, H, D/H]
+    return w_o(reshape(y, {b, t, width}));
+  }
+};
+
+}  // namespace weft

@@ -1,0 +1,106 @@
+#include "model/transformer.h"
+
+#include <cmath>
+
+namespace weft {
+namespace {
+
+const Config& validated(const Config& c) {
+  validate(c);
+  return c;
+}
+
+// The share of a parameter that one token passes through.
+double active_share(const Config& c, const Parameter& p) {
+  return p.shape.rank() == 3 ? static_cast<double>(c.top_k) / c.experts : 1.0;
+}
+
+}  // namespace
+
+Block::Block(const Config& c, Scope s, const Rope& rope)
+    : attention_norm(s / attention_row(c.attention).attention_norm, c.hidden_size, c.rms_norm_eps),
+      ffn_norm(s / attention_row(c.attention).ffn_norm, c.hidden_size, c.rms_norm_eps),
+      attention(attention_row(c.attention).make(c, s / "attention", rope)), feed_forward(c, s / "feed_forward"),
+      dropout{c.dropout}, attention_layer(interned((s / "attention").prefix())),
+      ffn_layer(interned((s / "feed_forward").prefix())) {}
+
+MoeOutput Block::operator()(const Tensor& x, const Mode& mode) const {
+  Tensor middle;
+  {
+    MemoryScope memory(Category::activation, attention_layer);
+    middle = add(x, dropout(attention(attention_norm(x), mode), mode));
+  }
+  MemoryScope memory(Category::activation, ffn_layer);
+  MoeOutput out = feed_forward(ffn_norm(middle), mode);
+  out.y = add(middle, dropout(out.y, mode));
+  return out;
+}
+
+Transformer::Transformer(const Config& config, Scope scope)
+    : Transformer(validated(config), scope, Rope(rope_options(config), scope.counting() ? 1 : config.max_seq_len, scope.device())) {}
+
+Transformer::Transformer(const Config& c, Scope s, const Rope& rope)
+    : config(c),
+      token_embedding(s / "token_embedding", c.vocab_size, c.hidden_size, c.init_std,
+                      std::sqrt(static_cast<double>(c.hidden_size))),
+      blocks([&] {
+        std::vector<Block> made;
+        for (int64_t i = 0; i < c.layers; ++i) made.emplace_back(c, s / "transformer_blocks" / std::to_string(i), rope);
+        return made;
+      }()),
+      norm(s / "norm", c.hidden_size, c.rms_norm_eps), dropout{c.dropout} {}
+
+Output Transformer::operator()(const Tensor& tokens, const Mode& mode) const {
+  check(tokens.rank() == 2 && tokens.size(1) <= config.max_seq_len, "tokens must be [B, T <= {}], found {}",
+        config.max_seq_len, tokens.shape().str());
+  Output out;
+  Tensor x;  // [B, T, D]
+  {
+    MemoryScope memory(Category::activation, "token_embedding");
+    x = dropout(token_embedding(tokens, mode.compute), mode);
+  }
+  for (const Block& block : blocks) {
+    MoeOutput y = block(x, mode);
+    x = y.y;
+    if (y.balance) out.aux = out.aux ? add(out.aux, y.balance) : y.balance;
+    out.routings.push_back(std::move(y.routing));
+  }
+  MemoryScope memory(Category::activation, "head");
+  out.logits = token_embedding.logits(dropout(norm(x), mode));
+  return out;
+}
+
+Loss Transformer::loss(const Tensor& tokens, const Tensor& targets, const Mode& mode) const {
+  Output out = (*this)(tokens, mode);
+  MemoryScope memory(Category::activation, "head");
+  const Tensor ce = cross_entropy(out.logits, targets);
+  return {out.aux ? add(ce, out.aux) : ce, ce, out.aux, std::move(out.routings)};
+}
+
+Params counted_params(const Config& config) {
+  Params params(Params::Build::count_only);
+  const Transformer model(config, Scope(params, Device::cpu, 0));
+  return params;
+}
+
+int64_t parameter_count(const Config& config) { return counted_params(config).count(); }
+
+int64_t active_parameter_count(const Config& config) {
+  double n = 0;
+  for (const Parameter& p : counted_params(config).list()) n += active_share(config, p) * p.shape.numel();
+  return std::llround(n);
+}
+
+double flops_per_token(const Config& config, int64_t length) {
+  double weights = 0;
+  for (const Parameter& p : counted_params(config).list())
+    if (p.kind != Kind::vector) weights += active_share(config, p) * p.shape.numel();
+  const double scores = static_cast<double>(config.layers) * attention_row(config.attention).score_width(config) * length / 2;
+  return 6 * (weights + scores);
+}
+
+int64_t kv_cache_bytes_per_token(const Config& config, int64_t bytes_per_value) {
+  return config.layers * attention_row(config.attention).cache_width(config) * bytes_per_value;
+}
+
+}  // namespace weft

@@ -1,0 +1,63 @@
+// The model: a decoder with a mixture of experts in every block and the attention that its configuration names.
+#pragma once
+#include <vector>
+
+#include "engine/nn/embedding.h"
+#include "engine/nn/rms_norm.h"
+#include "model/attention.h"
+#include "model/moe.h"
+
+namespace weft {
+
+struct Block {
+  RmsNorm attention_norm, ffn_norm;
+  Attention attention;
+  Moe feed_forward;
+  Dropout dropout;
+  const char* attention_layer;  // names in memory reports
+  const char* ffn_layer;
+
+  Block(const Config& c, Scope s, const Rope& rope);
+  // y + balance loss; `x` is the residual stream [B, T, D].
+  MoeOutput operator()(const Tensor& x, const Mode& mode) const;
+};
+
+struct Output {
+  Tensor logits;                  // [B, T, V] in mode.compute
+  Tensor aux;                     // [] f32, the balance losses' sum; no tensor outside training
+  std::vector<Routing> routings;  // of each layer
+};
+
+struct Loss {
+  Tensor total;                   // [] f32, ce + aux: what backward takes
+  Tensor ce, aux;                 // [] f32; aux is no tensor outside training
+  std::vector<Routing> routings;
+};
+
+struct Transformer {
+  Config config;
+  Embedding token_embedding;
+  std::vector<Block> blocks;
+  RmsNorm norm;
+  Dropout dropout;
+
+  // Throws Fault::config with all that is wrong with the configuration.
+  Transformer(const Config& config, Scope scope);
+  Output operator()(const Tensor& tokens, const Mode& mode) const;  // i32 [B, T]
+  Loss loss(const Tensor& tokens, const Tensor& targets, const Mode& mode) const;
+
+ private:
+  Transformer(const Config& config, Scope scope, const Rope& rope);
+};
+
+// Sizes and costs, from the parameters that the building code itself makes; nothing is allocated.
+Params counted_params(const Config& config);
+int64_t parameter_count(const Config& config);
+int64_t active_parameter_count(const Config& config);  // what one token passes through: top_k of the experts
+// Floating-point operations of forward and backward per token of a text of `length`: 6 per active weight of a matrix
+// product (the tied head included) and causal attention's scores and sums at half the square.
+double flops_per_token(const Config& config, int64_t length);
+// What generation keeps per token, all layers, in values of `bytes_per_value`.
+int64_t kv_cache_bytes_per_token(const Config& config, int64_t bytes_per_value);
+
+}  // namespace weft
