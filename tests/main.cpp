@@ -1,4 +1,5 @@
-// The main of every test program: doctest's, but cases that need a GPU exit with 77 (skipped) where there is none.
+// The main of every test program: doctest's, but cases that need a GPU exit with 77 (skipped) where there is none, and
+// a word on the command line runs the test case of that name.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
@@ -6,13 +7,27 @@
 #include <cstring>
 
 #include "engine/device.h"
+#include "tests/arguments.h"
+
+namespace {
+std::vector<std::string> arguments;
+}  // namespace
+
+const std::vector<std::string>& test_arguments() { return arguments; }
 
 int main(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i)
+  doctest::Context context;
+  for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--test-suite=cuda") == 0 && !weft::cuda_available()) {
       std::puts("SKIPPED: no usable GPU");
       return 77;
     }
-  doctest::Context context(argc, argv);
+    if (argv[i][0] != '-') arguments.emplace_back(argv[i]);
+  }
+  context.applyCommandLine(argc, argv);
+  if (!arguments.empty()) {
+    context.setOption("test-case", arguments[0].c_str());
+    context.setOption("no-skip", true);
+  }
   return context.run();
 }
