@@ -1,0 +1,321 @@
+// Causal attention. With p[t, s] = softmax over s <= t of scale q_t.k_s, and m the dropout mask over 1-p_drop:
+//   y_t = sum_s m[t, s] p[t, s] v_s
+//   dp[t, s] = m[t, s] dy_t.v_s,  delta_t = sum_s p[t, s] dp[t, s] = dy_t.y_t,  ds = scale p (dp - delta)
+//   dv_s = sum_t m p dy_t,  dk_s = sum_t ds[t, s] q_t,  dq_t = sum_s ds[t, s] k_s
+// Saved: q, k, v, y and each row's log sum exp, from which p and m are computed again.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "engine/allocator.h"
+#include "engine/cpu/parallel.h"
+#include "engine/ops.h"
+#include "engine/ops/attention_kernels.h"
+#if WEFT_CUDA
+#include "engine/cuda/stream.h"
+#endif
+
+namespace weft {
+namespace {
+
+// The tensors of the gradient, on either device; lse, delta and dk_heads are in the accumulation type.
+struct GradientTensors {
+  Tensor q, k, v, y, lse, dy, dq, dk, dv, delta, dk_heads;
+};
+
+// ---- CPU: one (sequence, head) at a time, as dense rows of the accumulation type. Loops run along keys or columns,
+// four queries at a time, so that the compiler can use vector instructions.
+constexpr int kQueries = 4;
+
+template <class A>
+using Rows = std::vector<A>;
+
+// [T, width] of one head, read from rows `stride` apart.
+template <class A, class T>
+Rows<A> read_rows(const T* from, int64_t stride, int64_t time, int64_t width) {
+  Rows<A> rows(static_cast<size_t>(time * width));
+  for (int64_t t = 0; t < time; ++t)
+    for (int64_t d = 0; d < width; ++d) rows[t * width + d] = from[t * stride + d];
+  return rows;
+}
+// The same as [width, T].
+template <class A, class T>
+Rows<A> read_columns(const T* from, int64_t stride, int64_t time, int64_t width) {
+  Rows<A> columns(static_cast<size_t>(time * width));
+  for (int64_t t = 0; t < time; ++t)
+    for (int64_t d = 0; d < width; ++d) columns[d * time + t] = from[t * stride + d];
+  return columns;
+}
+template <class A, class T>
+void write_rows(const Rows<A>& rows, T* to, int64_t stride, int64_t time, int64_t width) {
+  for (int64_t t = 0; t < time; ++t)
+    for (int64_t d = 0; d < width; ++d) to[t * stride + d] = T(rows[t * width + d]);
+}
+
+// products[r, s] = row r . column s for s < keys; rows [count, width], columns [width, T].
+template <class A>
+void row_products(A* products, const A* rows, const A* columns, int64_t count, int64_t keys, int64_t time,
+                  int64_t width) {
+  for (int64_t r = 0; r < count; ++r) std::fill_n(products + r * time, keys, A(0));
+  for (int64_t d = 0; d < width; ++d)
+    for (int64_t r = 0; r < count; ++r) {
+      const A x = rows[r * width + d];
+      const A* column = columns + d * time;
+      A* out = products + r * time;
+      for (int64_t s = 0; s < keys; ++s) out[s] += x * column[s];
+    }
+}
+
+// sums[r, :] += sum_s weights[r, s] rows[s, :]
+template <class A>
+void add_weighted(A* sums, const A* weights, const A* rows, int64_t count, int64_t keys, int64_t time, int64_t width) {
+  for (int64_t s = 0; s < keys; ++s)
+    for (int64_t r = 0; r < count; ++r) {
+      const A w = weights[r * time + s];
+      if (w == 0) continue;
+      for (int64_t d = 0; d < width; ++d) sums[r * width + d] += w * rows[s * width + d];
+    }
+}
+
+// sums[s, :] += sum_r weights[r, s] rows[r, :]
+template <class A>
+void add_spread(A* sums, const A* weights, const A* rows, int64_t count, int64_t keys, int64_t time, int64_t width) {
+  for (int64_t s = 0; s < keys; ++s)
+    for (int64_t r = 0; r < count; ++r) {
+      const A w = weights[r * time + s];
+      if (w == 0) continue;
+      for (int64_t d = 0; d < width; ++d) sums[s * width + d] += w * rows[r * width + d];
+    }
+}
+
+// factors[s] = 1/(1-p) where the mask keeps the row's element s, else 0.
+template <class A>
+void draw_factors(A* factors, const AttentionSize& a, int64_t row, int64_t keys) {
+  const uint64_t from = static_cast<uint64_t>(row * a.time);
+  Philox4 bits{};
+  for (int64_t s = 0; s < keys; ++s) {
+    const uint64_t i = from + static_cast<uint64_t>(s);
+    if (s == 0 || i % 4 == 0) bits = philox(a.key, i / 4);
+    factors[s] = bits.v[i % 4] < a.keep ? static_cast<A>(a.keep_scale) : A(0);
+  }
+}
+
+// Offsets and row strides of one head of one sequence.
+struct Head {
+  int64_t q, k, v, q_stride, k_stride, v_stride, rows;
+  Head(const AttentionSize& a, int64_t i) {
+    const int64_t b = i / a.heads, h = i % a.heads, time = a.time;
+    q_stride = int64_t{a.heads} * a.key_width;
+    k_stride = int64_t{a.key_heads} * a.key_width;
+    v_stride = int64_t{a.heads} * a.value_width;
+    q = b * time * q_stride + h * a.key_width;
+    k = b * time * k_stride + (a.key_heads == 1 ? 0 : h) * a.key_width;
+    v = b * time * v_stride + h * a.value_width;
+    rows = i * time;
+  }
+};
+
+template <class T>
+void forward(Cpu, const AttentionSize& a, const T* q, const T* k, const T* v, T* y, acc_t<T>* lse) {
+  using A = acc_t<T>;
+  const int64_t time = a.time, dk = a.key_width, dv = a.value_width;
+  parallel_for(int64_t{a.batch} * a.heads, 1, [=, &a](int64_t from, int64_t to) {
+    Rows<A> p(static_cast<size_t>(kQueries * time)), factors(static_cast<size_t>(time));
+    for (int64_t i = from; i < to; ++i) {
+      const Head at(a, i);
+      const Rows<A> queries = read_rows<A>(q + at.q, at.q_stride, time, dk);
+      const Rows<A> keys = read_columns<A>(k + at.k, at.k_stride, time, dk);
+      const Rows<A> values = read_rows<A>(v + at.v, at.v_stride, time, dv);
+      Rows<A> out(static_cast<size_t>(time * dv));
+      for (int64_t t0 = 0; t0 < time; t0 += kQueries) {
+        const int64_t count = std::min<int64_t>(kQueries, time - t0), last = t0 + count;
+        row_products(p.data(), queries.data() + t0 * dk, keys.data(), count, last, time, dk);
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t t = t0 + r;
+          A* row = p.data() + r * time;
+          A top = row[0] * A(a.scale), total = 0;
+          for (int64_t s = 0; s <= t; ++s) top = std::max(top, row[s] *= A(a.scale));
+          for (int64_t s = 0; s <= t; ++s) total += row[s] = std::exp(row[s] - top);
+          for (int64_t s = 0; s <= t; ++s) row[s] /= total;
+          std::fill(row + t + 1, row + last, A(0));
+          lse[at.rows + t] = top + std::log(total);
+          if (a.drops) {
+            draw_factors(factors.data(), a, at.rows + t, t + 1);
+            for (int64_t s = 0; s <= t; ++s) row[s] *= factors[s];
+          }
+        }
+        add_weighted(out.data() + t0 * dv, p.data(), values.data(), count, last, time, dv);
+      }
+      write_rows(out, y + at.v, at.v_stride, time, dv);
+    }
+  });
+}
+
+template <class T>
+void backward(Cpu, const AttentionSize& a, const GradientTensors& g) {
+  using A = acc_t<T>;
+  const int64_t time = a.time, dk = a.key_width, dv = a.value_width;
+  const T *q = g.q.data<T>(), *k = g.k.data<T>(), *v = g.v.data<T>(), *y = g.y.data<T>(), *dy = g.dy.data<T>();
+  T *dq_out = g.dq.data<T>(), *dk_out = g.dk.data<T>(), *dv_out = g.dv.data<T>();
+  const A* lse = g.lse.data<A>();
+  A* dk_heads = g.dk_heads.data<A>();
+  parallel_for(int64_t{a.batch} * a.heads, 1, [=, &a](int64_t from, int64_t to) {
+    Rows<A> p(static_cast<size_t>(kQueries * time)), ds = p, factors(static_cast<size_t>(time), A(1));
+    for (int64_t i = from; i < to; ++i) {
+      const Head at(a, i);
+      const Rows<A> queries = read_rows<A>(q + at.q, at.q_stride, time, dk);
+      const Rows<A> keys = read_rows<A>(k + at.k, at.k_stride, time, dk);
+      const Rows<A> key_columns = read_columns<A>(k + at.k, at.k_stride, time, dk);
+      const Rows<A> value_columns = read_columns<A>(v + at.v, at.v_stride, time, dv);
+      const Rows<A> outputs = read_rows<A>(y + at.v, at.v_stride, time, dv);
+      const Rows<A> dys = read_rows<A>(dy + at.v, at.v_stride, time, dv);
+      Rows<A> dqs(static_cast<size_t>(time * dk)), dks(static_cast<size_t>(time * dk));
+      Rows<A> dvs(static_cast<size_t>(time * dv));
+      for (int64_t t0 = 0; t0 < time; t0 += kQueries) {
+        const int64_t count = std::min<int64_t>(kQueries, time - t0), last = t0 + count;
+        row_products(p.data(), queries.data() + t0 * dk, key_columns.data(), count, last, time, dk);
+        row_products(ds.data(), dys.data() + t0 * dv, value_columns.data(), count, last, time, dv);
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t t = t0 + r;
+          A *p_row = p.data() + r * time, *ds_row = ds.data() + r * time, delta = 0;
+          for (int64_t d = 0; d < dv; ++d) delta += dys[t * dv + d] * outputs[t * dv + d];
+          if (a.drops) draw_factors(factors.data(), a, at.rows + t, t + 1);
+          for (int64_t s = 0; s <= t; ++s) {
+            const A prob = std::exp(p_row[s] * A(a.scale) - lse[at.rows + t]);
+            ds_row[s] = A(a.scale) * prob * (ds_row[s] * factors[s] - delta);
+            p_row[s] = prob * factors[s];
+          }
+          std::fill(p_row + t + 1, p_row + last, A(0));
+          std::fill(ds_row + t + 1, ds_row + last, A(0));
+        }
+        add_weighted(dqs.data() + t0 * dk, ds.data(), keys.data(), count, last, time, dk);
+        add_spread(dks.data(), ds.data(), queries.data() + t0 * dk, count, last, time, dk);
+        add_spread(dvs.data(), p.data(), dys.data() + t0 * dv, count, last, time, dv);
+      }
+      write_rows(dqs, dq_out + at.q, at.q_stride, time, dk);
+      write_rows(dvs, dv_out + at.v, at.v_stride, time, dv);
+      if (dk_heads)
+        write_rows(dks, dk_heads + at.q, at.q_stride, time, dk);
+      else
+        write_rows(dks, dk_out + at.k, at.k_stride, time, dk);
+    }
+  });
+}
+
+// The gradient of a shared key head, one element of [B, T, 1, Dk]: the sum over the heads of [B, T, H, Dk].
+template <class T>
+WEFT_HD T sum_of_heads(const acc_t<T>* dk_heads, int64_t i, int heads, int width) {
+  acc_t<T> sum = 0;
+  for (int h = 0; h < heads; ++h) sum += dk_heads[(i / width * heads + h) * width + i % width];
+  return T(sum);
+}
+template <class T>
+void sum_heads(Cpu, const acc_t<T>* dk_heads, T* dk, int64_t n, int heads, int width) {
+  parallel_for(n, 4096, [=](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) dk[i] = sum_of_heads<T>(dk_heads, i, heads, width);
+  });
+}
+
+#if WEFT_CUDA
+void forward(Cuda, const AttentionSize& a, const float* q, const float* k, const float* v, float* y, float* lse) {
+  attention_forward_simt(a, {q, k, v, y, lse});
+}
+void forward(Cuda, const AttentionSize& a, const bf16* q, const bf16* k, const bf16* v, bf16* y, float* lse) {
+  const AttentionForward<bf16> tensors{q, k, v, y, lse};
+  if (!attention_forward_mma(a, tensors)) attention_forward_simt(a, tensors);
+}
+
+// delta[b, h, t] = dy_t . y_t: a warp for each row of [B, T, H].
+template <class T>
+__global__ void attention_delta(const T* y, const T* dy, float* delta, int64_t rows, int time, int heads, int width) {
+  const int64_t row = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / 32;
+  if (row >= rows) return;
+  float sum = 0;
+  for (int d = threadIdx.x % 32; d < width; d += 32) sum += float(y[row * width + d]) * float(dy[row * width + d]);
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  const int64_t h = row % heads, t = row / heads % time, b = row / heads / time;
+  if (threadIdx.x % 32 == 0) delta[(b * heads + h) * time + t] = sum;
+}
+template <class T>
+__global__ void attention_sum_heads(const float* dk_heads, T* dk, int64_t n, int heads, int width) {
+  if (const int64_t i = element_index(); i < n) dk[i] = sum_of_heads<T>(dk_heads, i, heads, width);
+}
+
+template <class T>
+void backward(Cuda, const AttentionSize& a, const GradientTensors& g) {
+  const AttentionBackward<T> tensors{g.q.data<T>(),        g.k.data<T>(),      g.v.data<T>(),  g.dy.data<T>(),
+                                     g.lse.data<float>(),  g.delta.data<float>(), g.dq.data<T>(), g.dk.data<T>(),
+                                     g.dv.data<T>(),       g.dk_heads.data<float>()};
+  const int64_t rows = int64_t{a.batch} * a.time * a.heads;
+  launch_elements(attention_delta<T>, rows * 32, g.y.data<T>(), tensors.dy, g.delta.data<float>(), rows, a.time,
+                  a.heads, a.value_width);
+  if constexpr (std::is_same_v<T, bf16>)
+    if (attention_backward_mma(a, tensors)) return;
+  attention_backward_simt(a, tensors);
+}
+template <class T>
+void sum_heads(Cuda, const float* dk_heads, T* dk, int64_t n, int heads, int width) {
+  launch_elements(attention_sum_heads<T>, n, dk_heads, dk, n, heads, width);
+}
+#endif
+
+AttentionSize size_of_attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o) {
+  check(q.rank() == 4 && k.rank() == 4 && v.rank() == 4, "attention takes q, k and v of rank 4, found {}, {} and {}",
+        q.shape().str(), k.shape().str(), v.shape().str());
+  check(k.size(0) == q.size(0) && k.size(1) == q.size(1) && (k.size(2) == q.size(2) || k.size(2) == 1) &&
+            k.size(3) == q.size(3) && q.size(3) > 0,
+        "q [B, T, H, Dk] needs k [B, T, H or 1, Dk], found {} and {}", q.shape().str(), k.shape().str());
+  check(v.size(0) == q.size(0) && v.size(1) == q.size(1) && v.size(2) == q.size(2) && v.size(3) > 0,
+        "q [B, T, H, Dk] needs v [B, T, H, Dv], found {} and {}", q.shape().str(), v.shape().str());
+  check(q.dtype() == k.dtype() && q.dtype() == v.dtype(), "q, k and v need one dtype, found {}, {} and {}",
+        name_of(q.dtype()), name_of(k.dtype()), name_of(v.dtype()));
+  check(q.device() == k.device() && q.device() == v.device(), "q, k and v need one device, found {}, {} and {}",
+        name_of(q.device()), name_of(k.device()), name_of(v.device()));
+  check(o.dropout >= 0 && o.dropout < 1, "dropout must be in [0, 1), found {}", o.dropout);
+  check(q.size(0) * q.size(1) * q.size(2) <= INT32_MAX, "too many rows for attention: {}", q.shape().str());
+  AttentionSize a;
+  a.batch = static_cast<int>(q.size(0));
+  a.time = static_cast<int>(q.size(1));
+  a.heads = static_cast<int>(q.size(2));
+  a.key_heads = static_cast<int>(k.size(2));
+  a.key_width = static_cast<int>(q.size(3));
+  a.value_width = static_cast<int>(v.size(3));
+  a.scale = o.scale;
+  a.keep_scale = 1 / (1 - o.dropout);
+  a.keep = keep_threshold(o.dropout);
+  a.drops = o.dropout > 0;
+  a.key = o.key;
+  return a;
+}
+
+}  // namespace
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+  const AttentionSize a = size_of_attention(q, k, v, options);
+  const DType sums = q.dtype() == DType::f64 ? DType::f64 : DType::f32;
+  Tensor y = Tensor::like(v);
+  Tensor lse = Tensor::empty({a.batch, a.heads, a.time}, sums, q.device());
+  on_device(q.device(), [&](auto device) {
+    dispatch(device, q.dtype(), [&]<class T>() {
+      forward(device, a, q.data<T>(), k.data<T>(), v.data<T>(), y.data<T>(), lse.data<acc_t<T>>());
+    });
+  });
+  return record("attention", y, {q, k, v},
+                [a, sums, q = q.detached(), k = k.detached(), v = v.detached(), y, lse](const Tensor& dy) -> Gradients {
+    GradientTensors g{q, k, v, y, lse, dy, Tensor::like(q), Tensor::like(k), Tensor::like(v), {}, {}};
+    MemoryScope scope(Category::workspace);
+    if (q.device() == Device::cuda) g.delta = Tensor::like(lse);
+    const bool shared_key = a.key_heads != a.heads;
+    if (shared_key) g.dk_heads = Tensor::empty(q.shape(), sums, q.device());
+    on_device(q.device(), [&](auto device) {
+      dispatch(device, q.dtype(), [&]<class T>() {
+        backward<T>(device, a, g);
+        if (shared_key)
+          sum_heads<T>(device, g.dk_heads.data<acc_t<T>>(), g.dk.data<T>(), g.dk.numel(), a.heads, a.key_width);
+      });
+    });
+    return {g.dq, g.dk, g.dv};
+  });
+}
+
+}  // namespace weft
