@@ -75,7 +75,9 @@ Tensor combine_rows(const Tensor& y, const Tensor& weights, const Routing& r);
 Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r);
 
 // ---- loss
-// Mean over rows of -log softmax(logits)[target]: logits [.., V], targets i32 -> [] in f32 (f64 for f64).
+// Mean over rows of -log softmax(logits)[target]: logits [.., V], targets i32 -> [] in f32 (f64 for f64). The gradient
+// overwrites the logits where no one else holds them. A target outside [0, V) throws on the CPU; on the GPU, which is
+// not waited for, it makes the loss and the row's gradient nan.
 Tensor cross_entropy(const Tensor& logits, const Tensor& targets);
 // How many rows have their largest logit at the target (the lowest index among equals): i32 []. Not differentiable.
 Tensor count_correct(const Tensor& logits, const Tensor& targets);

@@ -1,0 +1,96 @@
+// For kernels: 16-byte accesses that fall back to single elements at a ragged end or on an odd address, and sums over a
+// warp or a block in a fixed order.
+#pragma once
+#include <cstring>
+
+#include "engine/cuda/stream.h"
+#include "engine/dtype.h"
+
+#ifdef __CUDACC__
+namespace weft {
+
+template <class T, int N>
+struct Pack {
+  T v[N];
+};
+// Elements of T in 16 bytes.
+template <class T>
+constexpr int kPack = static_cast<int>(16 / sizeof(T));
+
+// p[0..N), of which only the first `left` exist; the others are zero.
+template <int N, class T>
+__device__ inline Pack<T, N> load_pack(const T* p, int64_t left) {
+  Pack<T, N> pack;
+  if constexpr (N * sizeof(T) % 16 == 0) {
+    if (left >= N && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+      uint4 raw[N * sizeof(T) / 16];
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i) raw[i] = reinterpret_cast<const uint4*>(p)[i];
+      memcpy(&pack, raw, sizeof pack);
+      return pack;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) pack.v[i] = i < left ? p[i] : T(0.0f);
+  return pack;
+}
+
+template <int N, class T>
+__device__ inline void store_pack(T* p, const Pack<T, N>& pack, int64_t left) {
+  if constexpr (N * sizeof(T) % 16 == 0) {
+    if (left >= N && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+      uint4 raw[N * sizeof(T) / 16];
+      memcpy(raw, &pack, sizeof pack);
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i) reinterpret_cast<uint4*>(p)[i] = raw[i];
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (i < left) p[i] = pack.v[i];
+}
+
+// The sum over the warp, in every lane.
+__device__ inline float warp_sum(float v) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+  return v;
+}
+__device__ inline float warp_max(float v) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, step));
+  return v;
+}
+
+// The sum over a block of whole warps, in every thread.
+__device__ inline float block_sum(float v) {
+  __shared__ float partial[32];
+  v = warp_sum(v);
+  const unsigned warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  if (warps == 1) return v;
+  __syncthreads();
+  if (lane == 0) partial[threadIdx.x / 32] = v;
+  __syncthreads();
+  return warp_sum(lane < warps ? partial[lane] : 0.0f);
+}
+__device__ inline float block_max(float v) {
+  __shared__ float partial[32];
+  v = warp_max(v);
+  const unsigned warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  if (warps == 1) return v;
+  __syncthreads();
+  if (lane == 0) partial[threadIdx.x / 32] = v;
+  __syncthreads();
+  return warp_max(lane < warps ? partial[lane] : -INFINITY);
+}
+
+// Threads of a block that walks one row of `width` elements in packs: whole warps, at most `most`.
+template <class T>
+unsigned row_threads(int64_t width, unsigned most) {
+  const int64_t packs = (width + kPack<T> - 1) / kPack<T>;
+  return packs >= most ? most : static_cast<unsigned>((packs + 31) / 32 * 32);
+}
+
+}  // namespace weft
+#endif
