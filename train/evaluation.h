@@ -1,0 +1,28 @@
+// Loss and accuracy over validation batches, in evaluation mode: no dropout, no router noise, no balance loss.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "model/transformer.h"
+#include "train/recipe.h"
+
+namespace weft {
+
+struct Evaluation {
+  double loss = 0;      // mean cross-entropy in nats per token
+  double accuracy = 0;  // share of tokens whose largest logit is the target
+  std::vector<std::vector<double>> expert_load;  // of each layer: the share of choices that went to each expert
+  double perplexity() const { return std::exp(std::min(loss, 20.0)); }
+};
+
+// A batch's ids as [B, T] tensors on a device.
+struct BatchTensors {
+  Tensor tokens, targets;
+};
+BatchTensors to_device(const Batch& batch, Device device);
+
+// Over the first recipe.eval_batches validation batches, or all when there are fewer.
+Evaluation evaluate(const Transformer& model, const Loader& loader, const Recipe& recipe);
+
+}  // namespace weft
