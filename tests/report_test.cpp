@@ -1,0 +1,333 @@
+// The report: its statistics against values computed independently (scipy 1.17, mpmath for the noncentral t; the
+// numbers are in report_fixtures), what it says in the cases that matter, and the input that it refuses.
+#include "tools/report/report.h"
+
+#include <doctest/doctest.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <fstream>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "engine/check.h"
+#include "tools/report/comparison.h"
+#include "tools/report/statistics.h"
+
+using namespace weft;
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+namespace {
+
+const fs::path kFixtures = fs::path(WEFT_SOURCE_DIR) / "tests/report_fixtures";
+
+std::string read(const fs::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  std::ostringstream out;
+  out << in.rdbuf();
+  return out.str();
+}
+
+void write(const fs::path& path, const std::string& text) { std::ofstream(path, std::ios::binary) << text; }
+
+json good_results() { return json::parse(read(kFixtures / "three_seeds/results.json")); }
+
+// A fresh run folder that goes when the case ends.
+struct Folder {
+  fs::path path;
+  explicit Folder(const std::string& results, const std::string& metrics = "") {
+    path = fs::temp_directory_path() / fmt::format("weft-report-test-{}-{}", ::getpid(), ++counter);
+    fs::create_directories(path);
+    write(path / "results.json", results);
+    if (!metrics.empty()) write(path / "metrics.jsonl", metrics);
+  }
+  ~Folder() { fs::remove_all(path); }
+  Folder(const Folder&) = delete;
+  static inline int counter = 0;
+};
+
+std::string report_of(const json& results) {
+  const Folder folder(results.dump());
+  const Results read[] = {read_results(folder.path)};
+  return to_markdown(make_report(read));
+}
+
+bool says(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+void near(const std::optional<double>& found, const json& expected, const std::string& what) {
+  CAPTURE(what);
+  REQUIRE(found.has_value() == !expected.is_null());
+  if (!found) return;
+  const double wanted = expected.get<double>();
+  CAPTURE(*found);
+  CAPTURE(wanted);
+  CHECK(std::abs(*found - wanted) <= 1e-9 * std::max(1.0, std::abs(wanted)));
+}
+
+void near(const std::optional<Effect>& found, const json& expected, const std::string& what) {
+  CAPTURE(what);
+  REQUIRE(found.has_value() == !expected.is_null());
+  if (!found) return;
+  near(found->d, expected["d"], what + " d");
+  near(found->g, expected["g"], what + " g");
+  REQUIRE(found->interval);
+  near(found->interval->low, expected["low"], what + " low");
+  near(found->interval->high, expected["high"], what + " high");
+}
+
+Error error_of(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const Error& e) {
+    return e;
+  }
+  FAIL("expected an Error, found none");
+  return Error(Fault::internal, "");
+}
+
+}  // namespace
+
+TEST_CASE("paired statistics equal scipy's: ties, two seeds, no variance") {
+  const json all = json::parse(read(kFixtures / "statistics.json"));
+  REQUIRE(all["pairs"].size() == 9);
+  for (const json& c : all["pairs"]) {
+    const std::string name = c["name"];
+    CAPTURE(name);
+    const std::vector<double> a = c["a"], b = c["b"];
+    const Paired p = compare_paired(a, b);
+    CHECK(p.difference.n == c["difference"]["n"].get<int64_t>());
+    near(p.difference.mean, c["difference"]["mean"], "mean");
+    near(p.difference.sd, c["difference"]["sd"], "sd");
+    near(p.difference.interval->low, c["difference"]["low"], "low");
+    near(p.difference.interval->high, c["difference"]["high"], "high");
+    near(p.t, c["t"], "t");
+    near(p.p, c["p"], "p");
+    near(p.permutation, c["permutation"], "permutation");
+    near(p.sign, c["sign"], "sign");
+    near(p.paired, c["paired"], "paired");
+    near(p.pooled, c["pooled"], "pooled");
+  }
+}
+
+TEST_CASE("power, detectable difference, seeds needed, Holm and Hedges equal independent values") {
+  const json all = json::parse(read(kFixtures / "statistics.json"));
+  for (const json& c : all["power"]) near(paired_power(c["effect"], c["n"], c["alpha"]), c["power"], "power " + c.dump());
+  for (const json& c : all["detectable"])
+    near(detectable_difference(c["sd"], c["n"], c["alpha"]), c["difference"], "detectable " + c.dump());
+  for (const json& c : all["seeds"]) {
+    CAPTURE(c.dump());
+    CHECK(seeds_needed(c["difference"], c["sd"], c["alpha"]) == c["seeds"].get<int64_t>());
+  }
+  for (const json& c : all["hedges"]) near(hedges_correction(c["freedom"]), c["correction"], "hedges");
+  for (const json& c : all["holm"]) {
+    const std::vector<double> p = c["p"], adjusted = holm(p);
+    REQUIRE(adjusted.size() == p.size());
+    for (size_t i = 0; i < p.size(); ++i) near(adjusted[i], c["adjusted"][i], "holm");
+  }
+}
+
+TEST_CASE("what a sample does not determine is absent, not nan") {
+  CHECK(summarise({}).n == 0);
+  const std::vector<double> one{5.5};
+  CHECK_FALSE(summarise(one).sd);
+  const Paired single = compare_paired(one, one);
+  CHECK_FALSE((single.p || single.permutation || single.paired || single.pooled));
+  CHECK_FALSE(detectable_difference(0, 5, 0.05));
+  CHECK_FALSE(seeds_needed(0, 0.01, 0.05));
+  CHECK_FALSE(seeds_needed(1e-9, 1, 0.05));
+  CHECK_FALSE(seeds_needed(0.1, 0, 0.05));
+  // Differences that agree up to rounding have no spread: 0.1 + 0.2 is not 0.3.
+  const Paired rounded = compare_paired(std::vector{5.1, 5.2, 5.3}, std::vector{5.2, 5.3, 5.4});
+  CHECK(*rounded.difference.sd == 0);
+  CHECK_FALSE(rounded.t);
+  // A spread so small that its ratio leaves the noncentral t's range still gives a finding, without an interval.
+  const Paired extreme = compare_paired(std::vector{1.0, 2.0, 3.0}, std::vector{2.0, 3.0, 4.0 + 1e-7});
+  REQUIRE(extreme.paired);
+  CHECK_FALSE(extreme.paired->interval);
+}
+
+TEST_CASE("three seeds: table, verdicts, categories") {
+  const Results r[] = {read_results(kFixtures / "three_seeds")};
+  const std::string text = to_markdown(make_report(r));
+  CHECK(says(text, "| Experiment | Val Loss | Val Perp | Val Acc | Time (min) | Peak Mem (GB) | Params (M) |"));
+  CHECK(says(text, "| `baseline` | 5.4492 | 232.57 |"));
+  CHECK(says(text, "`lora` and `baseline` are **not distinguishable at 3 seeds** in validation loss"));
+  CHECK(says(text, "`enhanced` has a **higher validation loss** than `baseline`, by 0.0769"));
+  CHECK(says(text, "| `lora` | 2.600 | 1.750 | 1.900 | 13.050 | 0.500 | 0.250 | 20.050 |"));
+  CHECK(says(text, "40.0% (1)"));
+  CHECK(says(text, "is torn and was left out"));
+  CHECK(says(text, "| `lora` | 6.4031 | 5.4557 | +0.0051 | +0.0065 | 16.51–16.53 | 20.05 | 1.20 |"));
+  CHECK_FALSE(says(text, "windows overlap"));
+  CHECK_FALSE(says(text, "no difference"));
+  CHECK_FALSE(says(text, "nan"));
+  CHECK(r[0].curves.at({"lora", 43}).eval.size() == 5);
+}
+
+TEST_CASE("one seed concludes nothing; the seed protocol tells that its windows overlap") {
+  json results = good_results();
+  results["setup"]["seeds"] = {42};
+  results["setup"]["protocol"] = "seed";
+  json& runs = results["runs"];
+  for (size_t i = runs.size(); i-- > 0;)
+    if (runs[i]["seed"] != 42) runs.erase(i);
+  const std::string text = report_of(results);
+  CHECK(says(text, "With one seed nothing can be concluded about significance"));
+  CHECK(says(text, "Training and validation windows overlap"));
+  CHECK_FALSE(says(text, "distinguishable"));
+  CHECK_FALSE(says(text, "Holm-adjusted"));
+}
+
+TEST_CASE("missing and interrupted runs are shown and enter no mean") {
+  json results = good_results();
+  for (json& run : results["runs"]) {
+    if (run["experiment_name"] == "lora" && run["seed"] == 43) run["status"] = "interrupted";
+    if (run["experiment_name"] == "baseline") run["peak_memory_by_category_gb"] = nullptr;
+    if (run["experiment_name"] == "baseline" && run["seed"] == 42) run["val_loss"] = nullptr;
+  }
+  results["runs"].erase(8);  // enhanced, 44
+  results["status"] = "interrupted";
+  const std::string text = report_of(results);
+  CHECK(says(text, "7 of 9 runs are complete"));
+  CHECK(says(text, "`enhanced` with seed 44 is missing."));
+  CHECK(says(text, "`lora` with seed 43 is `interrupted`"));
+  CHECK(says(text, "`baseline` with seed 42 has no validation loss."));
+  CHECK(says(text, "| `enhanced` | 44 | missing | missing |"));
+  CHECK(says(text, "2 each"));
+  CHECK(says(text, "| `lora` | Val Loss | 2 |"));
+  CHECK(says(text, "| `baseline` | missing | missing |"));
+
+  results["runs"] = json::array();
+  CHECK(says(report_of(results), "No run is complete"));
+  results["setup"]["configs"] = json::array();
+  results["setup"]["seeds"] = json::array();
+  CHECK(says(report_of(results), "no two configurations"));
+}
+
+TEST_CASE("optional keys may be absent, and foreign names are shown as text") {
+  json results = good_results();
+  results["setup"] = {{"protocol", "strict"}, {"configs", {"a|b`<script>"}}, {"seeds", {1}}, {"preset", nullptr}};
+  results["runs"] = json::array({{{"experiment_name", "a|b`<script>"}, {"seed", 1}, {"status", "complete"}}});
+  const std::string text = report_of(results);
+  CHECK(says(text, "`a\\|b'<script>`"));
+  CHECK(says(text, "Not recorded."));
+}
+
+TEST_CASE("several folders stand side by side, matched by configuration") {
+  json other = good_results();
+  other["setup"]["optimizer"] = "adamw";
+  other["setup"]["configs"] = {"enhanced", "baseline"};
+  for (size_t i = other["runs"].size(); i-- > 0;)
+    if (other["runs"][i]["experiment_name"] == "lora") other["runs"].erase(i);
+  const Folder folder(other.dump());
+  const Results r[] = {read_results(kFixtures / "three_seeds"), read_results(folder.path)};
+  const std::string text = to_markdown(make_report(r));
+  CHECK(says(text, "## Side by side"));
+  CHECK(says(text, "| Optimizer | `muon` | `adamw` |"));
+  CHECK_FALSE(says(text, "| Precision | `bf16` | `bf16` |\n| Optimizer"));
+  CHECK(says(text, "| `lora` | Val Loss | 5.4557 ± 0.0051 (3 seeds) | missing |"));
+  CHECK(says(text, "| `enhanced` | Val Loss | 5.5261 ± 0.0131 (3 seeds) | 5.5261 ± 0.0131 (3 seeds) |"));
+}
+
+TEST_CASE("bad input is refused with file and field") {
+  struct Case {
+    const char* what;
+    std::function<void(json&)> spoil;
+    const char* expected;
+  };
+  const Case cases[] = {
+      {"foreign schema", [](json& j) { j["schema"] = "other-2"; }, "results.json: schema: expected weft-results-1, found other-2"},
+      {"no schema", [](json& j) { j.erase("schema"); }, "schema: expected weft-results-1, found none"},
+      {"schema a number", [](json& j) { j["schema"] = 1; }, "schema: expected text, found 1"},
+      {"no set-up", [](json& j) { j.erase("setup"); }, "setup: expected a value, found none"},
+      {"set-up an array", [](json& j) { j["setup"] = json::array(); }, "setup: expected an object, found an array"},
+      {"unknown protocol", [](json& j) { j["setup"]["protocol"] = "lax"; }, "setup.protocol: expected \"seed\" or \"strict\""},
+      {"seed as text", [](json& j) { j["setup"]["seeds"] = {"42"}; }, "setup.seeds: expected an integer, found the text \"42\""},
+      {"huge seed", [](json& j) { j["setup"]["seeds"] = {UINT64_MAX}; }, "setup.seeds: expected an integer"},
+      {"overlap as text", [](json& j) { j["setup"]["windows_overlap"] = "no"; }, "setup.windows_overlap: expected true or false"},
+      {"negative batch", [](json& j) { j["setup"]["batch"] = -16; }, "setup.batch: expected a count, found -16"},
+      {"runs an object", [](json& j) { j["runs"] = json::object(); }, "runs: expected an array, found an object"},
+      {"loss as text", [](json& j) { j["runs"][1]["val_loss"] = "5.4"; }, "runs[1].val_loss: expected a number, found the text \"5.4\""},
+      {"negative time", [](json& j) { j["runs"][0]["training_time_minutes"] = -1; }, "runs[0].training_time_minutes: expected a number that is not negative"},
+      {"no name", [](json& j) { j["runs"][2].erase("experiment_name"); }, "runs[2].experiment_name: expected a value"},
+      {"a run twice", [](json& j) { j["runs"].push_back(j["runs"][0]); }, "runs[9]: expected each configuration and seed once"},
+      {"category as text", [](json& j) { j["runs"][0]["peak_memory_by_category_gb"]["data"] = true; }, "runs[0].peak_memory_by_category_gb.data: expected a number, found true"},
+      {"ragged experts", [](json& j) { j["runs"][0]["expert_load"] = {{0.5, 0.5}, {1.0}}; }, "runs[0].expert_load: expected as many experts"},
+  };
+  for (const Case& c : cases) {
+    CAPTURE(c.what);
+    json results = good_results();
+    c.spoil(results);
+    const Folder folder(results.dump());
+    const Error e = error_of([&] { read_results(folder.path); });
+    const std::string message = e.what();
+    CAPTURE(message);
+    CHECK(e.fault() == Fault::data);
+    CHECK(says(message, "results.json: "));
+    CHECK(says(message, c.expected));
+  }
+
+  const std::string good = good_results().dump();
+  for (size_t size : {size_t{0}, size_t{1}, good.size() / 2, good.size() - 1}) {
+    const Folder torn(good.substr(0, size));
+    const Error e = error_of([&] { read_results(torn.path); });
+    CHECK(e.fault() == Fault::data);
+    CHECK(says(e.what(), "results.json: torn or not JSON at byte"));
+  }
+  const Folder huge("{\"schema\": 1e999}");
+  CHECK(error_of([&] { read_results(huge.path); }).fault() == Fault::data);
+  const Folder deep(std::string(200000, '['));
+  CHECK(error_of([&] { read_results(deep.path); }).fault() == Fault::data);
+
+  const Folder folder(good);
+  fs::create_directories(folder.path / "metrics.jsonl");
+  CHECK(error_of([&] { read_results(folder.path); }).fault() == Fault::io);
+
+  const Error missing = error_of([] { read_results("/nonexistent/run"); });
+  CHECK(missing.fault() == Fault::io);
+  CHECK(says(missing.what(), "/nonexistent/run: no such folder"));
+  const Error empty = error_of([] { read_results(kFixtures); });
+  CHECK(empty.fault() == Fault::io);
+  CHECK(says(empty.what(), "results.json: no such file"));
+}
+
+TEST_CASE("metrics.jsonl: a torn end is passed over, a broken middle is not, the later line stands") {
+  const std::string good = good_results().dump();
+  const auto line = [](int step, const char* loss) {
+    return fmt::format("{{\"kind\":\"train\",\"experiment_name\":\"lora\",\"seed\":42,\"micro_step\":{},\"loss\":{}}}\n", step, loss);
+  };
+  {
+    const Folder folder(good, line(2, "4.5") + line(1, "5.5") + line(2, "4.0") + line(3, "null") + "\n{\"kind\":\"ev");
+    const Results r = read_results(folder.path);
+    const auto& train = r.curves.at({"lora", 42}).train;
+    REQUIRE(train.size() == 2);
+    CHECK(*train[0].loss == 5.5);
+    CHECK(*train[1].loss == 4.0);
+    REQUIRE(r.remarks.size() == 1);
+    CHECK(says(r.remarks[0], "line 6"));
+  }
+  {
+    const Folder folder(good, line(1, "5.5") + "{\"kind\":\n" + line(2, "4.5"));
+    CHECK(says(error_of([&] { read_results(folder.path); }).what(), "metrics.jsonl:2: expected a JSON object"));
+  }
+  {
+    const Folder folder(good, line(1, "\"x\"") + line(2, "4"));
+    CHECK(says(error_of([&] { read_results(folder.path); }).what(), "metrics.jsonl:1: loss: expected a number"));
+  }
+}
+
+TEST_CASE("writing: everything or nothing") {
+  const Results r[] = {read_results(kFixtures / "three_seeds")};
+  const Folder folder("{}");
+  const std::string text = write_report(r, folder.path / "new");
+  CHECK(read(folder.path / "new/report.md") == text);
+  for (const auto& entry : fs::directory_iterator(folder.path / "new"))
+    CHECK_FALSE(says(entry.path().filename().string(), ".part"));
+
+  write(folder.path / "file", "");
+  CHECK(error_of([&] { write_report(r, folder.path / "file"); }).fault() == Fault::io);
+  fs::create_directories(folder.path / "blocked/report.md/x");
+  CHECK(error_of([&] { write_report(r, folder.path / "blocked"); }).fault() == Fault::io);
+  CHECK(std::distance(fs::directory_iterator(folder.path / "blocked"), fs::directory_iterator()) == 1);
+}

@@ -1,0 +1,37 @@
+// report: compares the configurations of one or several run folders, writes report.md and prints it.
+#include <CLI/CLI.hpp>
+#include <cstdio>
+
+#include "engine/check.h"
+#include "tools/report/report.h"
+
+int main(int argc, char** argv) {
+  CLI::App app("Compares the attention configurations that train_exp1 trained.");
+  std::vector<std::string> folders;
+  std::string out;
+  weft::ReportOptions options;
+  app.add_option("RUN_DIR", folders, "run folders of train_exp1; several are set side by side")->required();
+  app.add_option("--out", out, "where to write report.md (default: the first run folder)");
+  app.add_option("--difference", options.difference, "say how many seeds it takes to find this difference in loss (nats)")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : static_cast<int>(weft::Fault::usage);
+  }
+  try {
+    std::vector<weft::Results> results;
+    for (const std::string& folder : folders) results.push_back(weft::read_results(folder));
+    const std::string markdown = weft::write_report(results, out.empty() ? folders.front() : out, options);
+    std::fwrite(markdown.data(), 1, markdown.size(), stdout);
+    if (std::fflush(stdout) != 0) weft::fail(weft::Fault::io, "standard output: cannot be written");
+    return 0;
+  } catch (const weft::Error& e) {
+    fmt::print(stderr, "report: {}\n", e.what());
+    return e.exit_code();
+  } catch (const std::exception& e) {
+    fmt::print(stderr, "report: {}\n", e.what());
+    return static_cast<int>(weft::Fault::internal);
+  }
+}

@@ -1,0 +1,60 @@
+// What a run folder of train_exp1 holds, as the report reads it: results.json and metrics.jsonl, checked field by field.
+// A complaint names the file and the field; nothing in these files is trusted, and nothing else is read.
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace weft {
+
+struct Setup {
+  std::string protocol, preset, device, device_name, precision, optimizer, data, commit;
+  std::optional<int64_t> tokens, vocab_size, batch, seq, grad_accum, micro_steps, optimizer_steps, train_windows,
+      val_windows;
+  std::optional<double> entropy_lower, entropy_upper;  // nats per token
+  bool windows_overlap = false;
+  std::vector<std::string> configs;
+  std::vector<int64_t> seeds;
+};
+
+using Value = std::optional<double>;
+
+struct Run {
+  std::string experiment;
+  int64_t seed = 0;
+  bool complete = false;
+  std::string status;
+  Value val_loss, val_accuracy, val_perplexity, train_loss, training_time_minutes, initial_memory_gb, peak_memory_gb,
+      final_memory_gb, memory_used_gb, parameter_count, active_parameter_count, flops_per_token,
+      kv_cache_bytes_per_token, tokens_per_second, step_ms_median, mfu;
+  std::vector<std::pair<std::string, double>> peak_by_category;  // 1e9 bytes, in the fixed order of categories
+  std::vector<std::vector<double>> expert_load;                  // [layer][expert], fractions
+};
+
+struct Point {
+  int64_t micro_step = 0;
+  Value tokens, seconds, loss;
+};
+struct Curves {
+  std::vector<Point> train, eval;  // by micro-step, each once
+};
+
+struct Results {
+  std::filesystem::path folder;
+  std::string status;
+  Setup setup;
+  std::vector<Run> runs;                                       // at most one per configuration and seed
+  std::map<std::pair<std::string, int64_t>, Curves> curves;    // by configuration and seed
+  std::vector<std::string> remarks;                            // what was skipped while reading
+
+  const Run* find(const std::string& experiment, int64_t seed) const;  // null when missing
+};
+
+// Throws Error: Fault::io when there is nothing to read, Fault::data when it is not what train_exp1 writes.
+Results read_results(const std::filesystem::path& folder);
+
+}  // namespace weft
