@@ -37,7 +37,8 @@ void backward(Cpu, const int32_t* ids, const Y* dy, T* dtable, int64_t n, int64_
   std::stable_sort(order.begin(), order.end(), [=](int32_t a, int32_t b) { return ids[a] < ids[b]; });
   parallel_for(vocabulary, std::max<int64_t>(1, 4096 / (d + 1)), [&](int64_t from, int64_t to) {
     std::vector<A> sums(static_cast<size_t>(d));
-    auto next = std::lower_bound(order.begin(), order.end(), from, [=](int32_t row, int64_t v) { return ids[row] < v; });
+    auto next =
+        std::lower_bound(order.begin(), order.end(), from, [=](int32_t row, int64_t v) { return ids[row] < v; });
     for (int64_t v = from; v < to; ++v) {
       std::fill(sums.begin(), sums.end(), A(0));
       for (; next != order.end() && ids[*next] == v; ++next)
@@ -136,10 +137,10 @@ void backward(Cuda, const int32_t* ids, const Y* dy, T* dtable, int64_t n, int64
   const Tensor workspace = Tensor::empty({static_cast<int64_t>(bytes + 3) / 4}, DType::i32, Device::cuda);
   sort(workspace.raw());
   const int64_t columns = 32 * kPack<Y>;
-  launch_blocks(embedding_backward<T, Y>,
-                dim3(static_cast<unsigned>((n + kWarps - 1) / kWarps), static_cast<unsigned>((d + columns - 1) / columns)),
-                kWarps * 32, 0, sorted_keys, sorted_rows, dy, dtable, n, static_cast<uint32_t>(vocabulary), d,
-                static_cast<float>(scale));
+  const dim3 blocks(static_cast<unsigned>((n + kWarps - 1) / kWarps),
+                    static_cast<unsigned>((d + columns - 1) / columns));
+  launch_blocks(embedding_backward<T, Y>, blocks, kWarps * 32, 0, sorted_keys, sorted_rows, dy, dtable, n,
+                static_cast<uint32_t>(vocabulary), d, static_cast<float>(scale));
 }
 #endif
 

@@ -201,8 +201,8 @@ void dispatch_both(auto device, const Tensor& x, const Tensor& weight, F&& f) {
 }  // namespace
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  check(x.rank() >= 1 && weight.shape() == Shape{x.size(-1)}, "rms_norm of {} needs a weight of its last axis, found {}",
-        x.shape().str(), weight.shape().str());
+  check(x.rank() >= 1 && weight.shape() == Shape{x.size(-1)},
+        "rms_norm of {} needs a weight of its last axis, found {}", x.shape().str(), weight.shape().str());
   check(weight.device() == x.device() && (weight.dtype() == x.dtype() || weight.dtype() == DType::f32),
         "rms_norm of {} on {} needs a weight of f32 or that dtype there, found {} on {}", name_of(x.dtype()),
         name_of(x.device()), name_of(weight.dtype()), name_of(weight.device()));

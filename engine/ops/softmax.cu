@@ -111,7 +111,8 @@ Tensor softmax(const Tensor& x) {
   return record("softmax", y, {x}, [y, rows, d](const Tensor& dy) -> Gradients {
     Tensor dx = Tensor::like(y);
     on_device(y.device(), [&](auto device) {
-      dispatch(device, y.dtype(), [&]<class T>() { backward(device, y.data<T>(), dy.data<T>(), dx.data<T>(), rows, d); });
+      dispatch(device, y.dtype(),
+               [&]<class T>() { backward(device, y.data<T>(), dy.data<T>(), dx.data<T>(), rows, d); });
     });
     return {dx};
   });

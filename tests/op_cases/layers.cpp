@@ -1,7 +1,164 @@
+// Dropout, noise, norms, embedding, RoPE, softmax, and the loss. The references are plain loops in double.
+#include <cmath>
+
 #include "tests/op_cases.h"
 
 namespace weft {
+namespace {
 
-void add_layer_cases(std::vector<OpCase>&) {}
+const RngKey kKey{7, 11};
+
+// An f32 tensor of `shape` whose element i is f(i).
+template <class F>
+Tensor made(const Shape& shape, const F& f) {
+  std::vector<float> values(static_cast<size_t>(shape.numel()));
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(f(static_cast<int64_t>(i)));
+  return Tensor::from(values, shape, Device::cpu);
+}
+
+Tensor dropout_loops(const Tensor& x, double p) {
+  const float* v = x.data<float>();
+  return made(x.shape(), [=](int64_t i) {
+    return random_bits(kKey, static_cast<uint64_t>(i)) < keep_threshold(p) ? v[i] / (1 - p) : 0.0;
+  });
+}
+
+Tensor add_normal_loops(const Tensor& x, double std) {
+  const float* v = x.data<float>();
+  return made(x.shape(), [=](int64_t i) { return v[i] + std * random_normal(kKey, static_cast<uint64_t>(i)); });
+}
+
+Tensor rms_norm_loops(const Tensor& x, const Tensor& weight, double eps) {
+  const float *v = x.data<float>(), *w = weight.data<float>();
+  const int64_t d = x.size(-1);
+  return made(x.shape(), [=](int64_t i) {
+    double squares = 0;
+    for (int64_t j = i / d * d; j < i / d * d + d; ++j) squares += double(v[j]) * v[j];
+    return v[i] / std::sqrt(squares / static_cast<double>(d) + eps) * w[i % d];
+  });
+}
+
+Tensor embedding_loops(const Tensor& ids, const Tensor& table, double scale) {
+  const int32_t* id = ids.data<int32_t>();
+  const float* w = table.data<float>();
+  const int64_t d = table.size(1);
+  Shape shape = ids.shape();
+  shape.push_back(d);
+  return made(shape, [=](int64_t i) { return scale * w[id[i / d] * d + i % d]; });
+}
+
+Tensor rope_loops(const Tensor& x, const Tensor& table) {
+  const float *v = x.data<float>(), *angles = table.data<float>();
+  const int64_t time = x.size(1), heads = x.size(2), d = x.size(3), r = table.size(1);
+  return made(x.shape(), [=](int64_t i) -> double {
+    const int64_t t = i / (heads * d) % time, column = i % d - (d - r);
+    if (column < 0) return v[i];
+    const double c = angles[t * r + column / 2 * 2], s = angles[t * r + column / 2 * 2 + 1];
+    return column % 2 == 0 ? v[i] * c - v[i + 1] * s : v[i] * c + v[i - 1] * s;
+  });
+}
+
+double sum_of_exp(const float* row, int64_t d) {
+  double total = 0;
+  for (int64_t j = 0; j < d; ++j) total += std::exp(double(row[j]));
+  return total;
+}
+
+Tensor softmax_loops(const Tensor& x) {
+  const float* v = x.data<float>();
+  const int64_t d = x.size(-1);
+  return made(x.shape(), [=](int64_t i) { return std::exp(double(v[i])) / sum_of_exp(v + i / d * d, d); });
+}
+
+Tensor cross_entropy_loops(const Tensor& logits, const Tensor& targets) {
+  const float* v = logits.data<float>();
+  const int32_t* target = targets.data<int32_t>();
+  const int64_t d = logits.size(-1), rows = targets.numel();
+  return made({}, [=](int64_t) {
+    double total = 0;
+    for (int64_t row = 0; row < rows; ++row) total += std::log(sum_of_exp(v + row * d, d)) - v[row * d + target[row]];
+    return total / static_cast<double>(rows);
+  });
+}
+
+Tensor count_correct_loops(const Tensor& logits, const Tensor& targets) {
+  const float* v = logits.data<float>();
+  const int64_t d = logits.size(-1);
+  int32_t correct = 0;
+  for (int64_t row = 0; row < targets.numel(); ++row) {
+    int64_t best = 0;
+    for (int64_t j = 1; j < d; ++j)
+      if (v[row * d + j] > v[row * d + best]) best = j;
+    correct += best == targets.data<int32_t>()[row];
+  }
+  return Tensor::from(std::vector<int32_t>{correct}, {}, Device::cpu);
+}
+
+}  // namespace
+
+void add_layer_cases(std::vector<OpCase>& cases) {
+  const Shape tokens{16, 512, 768};
+  cases.push_back({.name = "dropout", .sizes = {{{{3, 37}}}, {{{8, 4}}}, {{{1}}}, {{{5, 129, 3}}}},
+                   .run = [](auto& x) { return dropout(x[0], 0.3, kKey); },
+                   .reference = [](auto& x) { return dropout_loops(x[0], 0.3); }, .large = {{tokens}}});
+  cases.push_back({.name = "add_normal", .sizes = {{{{3, 37}}}, {{{40, 8}}}},
+                   .run = [](auto& x) { return add_normal(x[0], 0.1, kKey); },
+                   .reference = [](auto& x) { return add_normal_loops(x[0], 0.1); }, .large = {{{8192, 8}}}});
+
+  const auto norm = [](auto& x) { return rms_norm(x[0], x[1], 1e-6); };
+  const auto norm_loops = [](auto& x) { return rms_norm_loops(x[0], x[1], 1e-6); };
+  cases.push_back({.name = "rms_norm",
+                   .sizes = {{{{3, 37}}, wide({37})}, {{{2, 9, 768}}, wide({768})}, {{{300, 8}}, wide({8})},
+                             {{{2, 4104}}, wide({4104})}, {{{5, 1}}, wide({1})}},
+                   .run = norm, .reference = norm_loops, .reduction = 4104, .large = {{tokens}, wide({768})}});
+  cases.push_back({.name = "rms_norm_narrow_weight", .sizes = {{{{3, 37}}, {{37}}}, {{{2, 9, 768}}, {{768}}}},
+                   .run = norm, .reference = norm_loops, .reduction = 768});
+
+  cases.push_back({.name = "embedding",
+                   .sizes = {{ids({2, 5}, 7), wide({7, 37})}, {ids({300}, 3), wide({3, 16})},
+                             {ids({4, 33}, 500), wide({500, 768})}, {ids({1}, 1), wide({1, 1})}},
+                   .run = [](auto& x) { return embedding(x[0], x[1], 2.5, x[1].dtype()); },
+                   .reference = [](auto& x) { return embedding_loops(x[0], x[1], 2.5); }, .reduction = 300,
+                   .large = {ids({16, 512}, 49152), wide({49152, 768})}});
+  cases.push_back({.name = "embedding_to_bf16", .sizes = {{ids({2, 5}, 7), {{7, 37}}}, {ids({4, 33}, 5), {{5, 264}}}},
+                   .run = [](auto& x) { return embedding(x[0], x[1], 2.5, DType::bf16); },
+                   .reference = [](auto& x) -> Tensor {
+                     const Tensor y = embedding_loops(x[0], x[1], 2.5);
+                     const float* v = y.template data<float>();
+                     return made(y.shape(), [=](int64_t i) { return float(bf16(v[i])); });
+                   },
+                   .reduction = 132, .large = {ids({16, 512}, 49152), {{49152, 768}}}, .dtypes = {DType::f32}});
+
+  cases.push_back({.name = "rope",
+                   .sizes = {{{{2, 5, 3, 16}}, constant({9, 16}, Type::f32)},
+                             {{{1, 4, 2, 24}}, constant({4, 8}, Type::f32)},
+                             {{{2, 3, 2, 7}}, constant({3, 4}, Type::f32)},
+                             {{{1, 3, 12, 64}}, constant({3, 64}, Type::f32)},
+                             {{{1, 2, 1, 12}}, constant({2, 2}, Type::f32)}},
+                   .run = [](auto& x) { return rope(x[0], x[1]); },
+                   .reference = [](auto& x) { return rope_loops(x[0], x[1]); }, .reduction = 2,
+                   .large = {{{16, 512, 12, 64}}, constant({512, 64}, Type::f32)}});
+
+  cases.push_back({.name = "softmax", .sizes = {{{{3, 37}}}, {{{2, 3, 8}}}, {{{2, 5000}}}, {{{4, 1}}}},
+                   .run = [](auto& x) { return softmax(x[0]); },
+                   .reference = [](auto& x) { return softmax_loops(x[0]); }, .reduction = 5000,
+                   .large = {{{2048, 49152}}}});
+
+  const std::vector<Inputs> logits = {{{{6, 37}}, ids({6}, 37)}, {{{2, 3, 8}}, ids({2, 3}, 8)},
+                                      {{{3, 9000}}, ids({3}, 9000)}, {{{400, 3}}, ids({400}, 3)}};
+  const Inputs many_logits = {{{2048, 49152}}, ids({2048}, 49152)};
+  const auto loss_loops = [](auto& x) { return cross_entropy_loops(x[0], x[1]); };
+  cases.push_back({.name = "cross_entropy", .sizes = logits, .run = [](auto& x) { return cross_entropy(x[0], x[1]); },
+                   .reference = loss_loops, .reduction = 9000, .large = many_logits});
+  // Nothing but the loss holds these logits, so the gradient overwrites them.
+  cases.push_back({.name = "cross_entropy_in_place", .sizes = logits,
+                   .run = [](auto& x) { return cross_entropy(add_normal(x[0], 0, kKey), x[1]); },
+                   .reference = loss_loops, .reduction = 9000});
+  std::vector<Inputs> constants = logits;
+  for (Inputs& inputs : constants) inputs[0].differentiable = false;
+  cases.push_back({.name = "count_correct", .sizes = constants,
+                   .run = [](auto& x) { return count_correct(x[0], x[1]); },
+                   .reference = [](auto& x) { return count_correct_loops(x[0], x[1]); }, .large = many_logits});
+}
 
 }  // namespace weft
