@@ -2,6 +2,7 @@
 // loss's gradient may take.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -23,6 +24,11 @@ void extreme_logits(Device d) {
   const Tensor x = floats({-kInf, 3, -kInf, 1e4f, -1e4f, 0, -kInf, -kInf, 7}, {3, 3}, d);
   CHECK(cross_entropy(x, ints({1, 0, 2}, d)).item() == doctest::Approx(0));
   CHECK(cross_entropy(x, ints({1, 2, 2}, d)).item() == doctest::Approx(1e4 / 3));
+
+  // A thousand equal words after thousands that cannot be, so far below zero that exp of them is 0.
+  std::vector<float> row(5000, -kInf);
+  std::fill(row.begin() + 4000, row.end(), -500.0f);
+  CHECK(cross_entropy(floats(row, {1, 5000}, d), ints({4500}, d)).item() == doctest::Approx(std::log(1000)));
 }
 
 void ties_and_nans(Device d) {

@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(512) cross_entropy_forward(const T* x, const i
       values[j] = i + j < v ? float(xs.v[j]) : -INFINITY;
       here = fmaxf(here, values[j]);
     }
-    if (here == -INFINITY) here = 0;  // nothing but -inf so far: exp(-inf - 0) is 0, where -inf - -inf is nan
-    total *= __expf(largest - here);
+    const float base = here == -INFINITY ? 0.0f : here;  // nothing but -inf so far: -inf - -inf would be nan
+    total *= __expf(largest - base);
 #pragma unroll
-    for (int j = 0; j < kN; ++j) total += __expf(values[j] - here);
+    for (int j = 0; j < kN; ++j) total += __expf(values[j] - base);
     largest = here;
   }
   const float top = block_max(largest);

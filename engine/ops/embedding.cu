@@ -78,29 +78,36 @@ __global__ void embedding_keys(const int32_t* ids, uint32_t* keys, int32_t* rows
   }
 }
 
-// Where a run of equal keys starts, one warp sums the run's rows over the columns of its 32 packs.
+// Where a run of equal keys starts, one warp sums the run's rows over the columns of its 32 packs. A frequent word's
+// run is long: its rows are looked up 32 at once and loaded eight at once.
 template <class T, class Y>
 __global__ void embedding_backward(const uint32_t* keys, const int32_t* rows, const Y* dy, T* dtable, int64_t n,
                                    uint32_t vocabulary, int64_t d, float scale) {
   constexpr int kN = kPack<Y>;
+  const int lane = threadIdx.x % 32;
   const int64_t start = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32;
-  const int64_t column = (blockIdx.y * int64_t{32} + threadIdx.x % 32) * kN;
-  if (start >= n || column >= d) return;
+  const int64_t column = (blockIdx.y * int64_t{32} + lane) * kN;
+  if (start >= n) return;
   const uint32_t key = keys[start];
   if (key >= vocabulary || (start > 0 && keys[start - 1] == key)) return;
   float sum[kN] = {};
-  // Eight rows are loaded at once: a frequent word's run is long, and its loads must overlap.
-  for (int64_t i = start; i < n && keys[i] == key; i += 8) {
-    Pack<Y, kN> loaded[8];
+  int found = 32;
+  for (int64_t i = start; found == 32; i += 32) {
+    const bool in_run = i + lane < n && keys[i + lane] == key;
+    const int32_t row = in_run ? rows[i + lane] : 0;
+    found = __popc(__ballot_sync(0xffffffffu, in_run));
+    for (int from = 0; from < found; from += 8) {
+      Pack<Y, kN> loaded[8];
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const bool in_run = i + k < n && keys[i + k] == key;
-      loaded[k] = in_run ? load_pack<kN>(dy + rows[i + k] * d + column, d - column) : Pack<Y, kN>{};
+      for (int k = 0; k < 8; ++k) {
+        const int64_t at = __shfl_sync(0xffffffffu, row, from + k) * d + column;
+        loaded[k] = load_pack<kN>(dy + at, from + k < found ? d - column : 0);
+      }
+#pragma unroll
+      for (int k = 0; k < 8; ++k)
+#pragma unroll
+        for (int j = 0; j < kN; ++j) sum[j] += float(loaded[k].v[j]);
     }
-#pragma unroll
-    for (int k = 0; k < 8; ++k)
-#pragma unroll
-      for (int j = 0; j < kN; ++j) sum[j] += float(loaded[k].v[j]);
   }
   Pack<T, kN> total;
 #pragma unroll
