@@ -1,7 +1,160 @@
+// Mixture of experts. Input 0 of each case is the logits that its routing to two experts is made from.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
 #include "tests/op_cases.h"
 
 namespace weft {
+namespace {
 
-void add_expert_cases(std::vector<OpCase>&) {}
+using Values = std::vector<float>;
+constexpr int64_t kChosen = 2;
+
+// The choices (token * 2 + k) of a token's two largest logits, and all of them sorted by expert.
+struct Choices {
+  std::vector<int64_t> experts, order;
+  explicit Choices(const Tensor& logits) {
+    const Values l = logits.to_vector<float>();
+    const int64_t n = logits.size(0), e = logits.size(1);
+    for (int64_t token = 0; token < n; ++token) {
+      std::vector<int64_t> by_logit(static_cast<size_t>(e));
+      std::iota(by_logit.begin(), by_logit.end(), 0);
+      std::stable_sort(by_logit.begin(), by_logit.end(),
+                       [&](int64_t a, int64_t b) { return l[token * e + a] > l[token * e + b]; });
+      experts.insert(experts.end(), by_logit.begin(), by_logit.begin() + kChosen);
+    }
+    order.resize(experts.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return experts[a] < experts[b]; });
+  }
+};
+
+Tensor reference_slots(const Tensor& logits) {
+  const Choices choices(logits);
+  std::vector<int32_t> slots(choices.order.size());
+  for (size_t row = 0; row < slots.size(); ++row) slots[choices.order[row]] = static_cast<int32_t>(row);
+  return Tensor::from(slots, {logits.size(0), kChosen}, Device::cpu);
+}
+
+Tensor reference_weights(const Tensor& routed, const Tensor& logits) {
+  const Choices choices(routed);
+  const Values l = logits.to_vector<float>();
+  const int64_t n = logits.size(0), e = logits.size(1);
+  Values weights;
+  for (int64_t token = 0; token < n; ++token) {
+    const double difference = double(l[token * e + choices.experts[2 * token]]) -
+                              double(l[token * e + choices.experts[2 * token + 1]]);
+    weights.push_back(static_cast<float>(1 / (1 + std::exp(-difference))));
+    weights.push_back(static_cast<float>(1 / (1 + std::exp(difference))));
+  }
+  return Tensor::from(weights, {n, kChosen}, Device::cpu);
+}
+
+Tensor reference_balance(const Tensor& routed, const Tensor& logits) {
+  const Choices choices(routed);
+  const Values l = logits.to_vector<float>();
+  const int64_t n = logits.size(0), e = logits.size(1);
+  std::vector<double> share(static_cast<size_t>(e)), probability(share);
+  for (const int64_t expert : choices.experts) share[expert] += 1.0 / static_cast<double>(choices.experts.size());
+  for (int64_t token = 0; token < n; ++token) {
+    double total = 0;
+    for (int64_t i = 0; i < e; ++i) total += std::exp(double(l[token * e + i]));
+    for (int64_t i = 0; i < e; ++i) probability[i] += std::exp(double(l[token * e + i])) / total / double(n);
+  }
+  double loss = 0;
+  for (int64_t i = 0; i < e; ++i) loss += double(e) * share[i] * probability[i];
+  return Tensor::from(Values{static_cast<float>(loss)}, {}, Device::cpu);
+}
+
+Tensor reference_gather(const Tensor& logits, const Tensor& x) {
+  const Choices choices(logits);
+  const Values from = x.to_vector<float>();
+  const int64_t d = x.size(1);
+  Values y;
+  for (const int64_t choice : choices.order)
+    y.insert(y.end(), from.begin() + choice / kChosen * d, from.begin() + (choice / kChosen + 1) * d);
+  return Tensor::from(y, {static_cast<int64_t>(choices.order.size()), d}, Device::cpu);
+}
+
+Tensor reference_combine(const Tensor& logits, const Tensor& y, const Tensor& weights) {
+  const Choices choices(logits);
+  const Values ys = y.to_vector<float>(), ws = weights.to_vector<float>();
+  const int64_t n = logits.size(0), d = y.size(1);
+  std::vector<double> sums(static_cast<size_t>(n * d));
+  for (size_t row = 0; row < choices.order.size(); ++row)
+    for (int64_t i = 0; i < d; ++i) {
+      const int64_t choice = choices.order[row];
+      sums[choice / kChosen * d + i] += double(ws[choice]) * double(ys[static_cast<int64_t>(row) * d + i]);
+    }
+  return Tensor::from(Values(sums.begin(), sums.end()), {n, d}, Device::cpu);
+}
+
+Tensor reference_grouped(const Tensor& logits, const Tensor& x, const Tensor& w) {
+  const Choices choices(logits);
+  const Values xs = x.to_vector<float>(), ws = w.to_vector<float>();
+  const int64_t rows = x.size(0), inputs = x.size(1), outputs = w.size(1);
+  Values y;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t o = 0; o < outputs; ++o) {
+      const float* matrix = ws.data() + (choices.experts[choices.order[row]] * outputs + o) * inputs;
+      double sum = 0;
+      for (int64_t i = 0; i < inputs; ++i) sum += double(xs[row * inputs + i]) * double(matrix[i]);
+      y.push_back(static_cast<float>(sum));
+    }
+  return Tensor::from(y, {rows, outputs}, Device::cpu);
+}
+
+Routing route(const Tensor& logits) { return route_top_k(logits, kChosen); }
+
+}  // namespace
+
+void add_expert_cases(std::vector<OpCase>& cases) {
+  const auto logits = [](int64_t n, int64_t e) { return constant({n, e}, Type::wide); };
+  cases.push_back({.name = "route_top_k",
+                   .sizes = {{logits(1, 2)}, {logits(37, 3)}, {logits(700, 8)}, {logits(300, 256)}},
+                   .run = [](auto& x) { return route(x[0]).slots; },
+                   .reference = [](auto& x) { return reference_slots(x[0]); },
+                   .large = {logits(8192, 8)}});
+  const std::vector<Inputs> router = {
+      {logits(1, 2), wide({1, 2})}, {logits(37, 3), wide({37, 3})}, {logits(700, 8), wide({700, 8})}};
+  cases.push_back({.name = "routing_weights",
+                   .sizes = router,
+                   .run = [](auto& x) { return routing_weights(x[1], route(x[0])); },
+                   .reference = [](auto& x) { return reference_weights(x[0], x[1]); },
+                   .reduction = 8,
+                   .large = {logits(8192, 8), wide({8192, 8})}});
+  cases.push_back({.name = "balance_loss",
+                   .sizes = router,
+                   .run = [](auto& x) { return balance_loss(x[1], route(x[0])); },
+                   .reference = [](auto& x) { return reference_balance(x[0], x[1]); },
+                   .reduction = 700,
+                   .large = {logits(8192, 8), wide({8192, 8})}});
+  cases.push_back({.name = "gather_rows",
+                   .sizes = {{logits(1, 2), {{1, 1}}}, {logits(37, 3), {{37, 13}}}, {logits(100, 8), {{100, 264}}}},
+                   .run = [](auto& x) { return gather_rows(x[1], route(x[0])); },
+                   .reference = [](auto& x) { return reference_gather(x[0], x[1]); },
+                   .reduction = kChosen,
+                   .large = {logits(8192, 8), {{8192, 768}}}});
+  cases.push_back({.name = "combine_rows",
+                   .sizes = {{logits(1, 2), {{2, 1}}, wide({1, 2})},
+                             {logits(37, 3), {{74, 13}}, wide({37, 2})},
+                             {logits(100, 8), {{200, 264}}, wide({100, 2})}},
+                   .run = [](auto& x) { return combine_rows(x[1], x[2], route(x[0])); },
+                   .reference = [](auto& x) { return reference_combine(x[0], x[1], x[2]); },
+                   .reduction = 264,
+                   .large = {logits(8192, 8), {{16384, 768}}, wide({8192, 2})}});
+  cases.push_back({.name = "grouped_matmul",
+                   .sizes = {{logits(1, 6), {{2, 8}}, {{6, 16, 8}}},
+                             {logits(5, 3), {{10, 7}}, {{3, 9, 7}}},
+                             {logits(67, 4), {{134, 40}}, {{4, 24, 40}}},
+                             {logits(300, 3), {{600, 136}}, {{3, 264, 136}}},
+                             {logits(70, 2), {{140, 130}}, {{2, 131, 130}}}},
+                   .run = [](auto& x) { return grouped_matmul(x[1], x[2], route(x[0])); },
+                   .reference = [](auto& x) { return reference_grouped(x[0], x[1], x[2]); },
+                   .reduction = 264,
+                   .large = {logits(8192, 8), {{16384, 768}}, {{8, 3072, 768}}},
+                   .flops = 2.0 * 16384 * 768 * 3072});
+}
 
 }  // namespace weft
