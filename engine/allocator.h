@@ -50,6 +50,13 @@ struct MemoryStats {
   int64_t allocations = 0;         // blocks ever handed out
 };
 
+// Bytes that one layer held in one category at the moment of peak_allocated.
+struct LayerUse {
+  std::string layer;  // "" outside every named scope
+  Category category;
+  int64_t bytes;
+};
+
 // What the allocator needs of a device. allocate returns nullptr when the device has no more.
 class DeviceMemory {
  public:
@@ -67,9 +74,12 @@ class CachingAllocator {
   // Memory of at least `bytes` (>= 0), aligned to 512 bytes; nullptr for 0 bytes. Throws Fault::device with what was
   // asked, what is held and by which category when the device or the limit has no more.
   void* allocate(int64_t bytes);
+  // nullptr is passed over. A pointer that no block starts at (freed twice, or foreign) is a bug that memory would not
+  // survive: the process says so and aborts.
   void free(void* p) noexcept;
 
   MemoryStats stats() const;
+  std::vector<LayerUse> layers_at_peak() const;  // largest first; they add up to peak_allocated
   void reset_peaks();
   // At most this many bytes reserved; 0 means no limit but the device's.
   void set_limit(int64_t bytes);
