@@ -79,7 +79,7 @@ Config with_attention(Config base, const std::string& name, const Overrides& ove
     }
   };
   override_fields();  // first the sizes that the row's values follow from
-  base.heads = std::max<int64_t>(base.heads, 1);
+  check(base.heads > 0, "a configuration has heads, found {}", base.heads);
   row.adjust(base);
   override_fields();
   base.attention = name;

@@ -1,0 +1,264 @@
+// The model: its parameter counts, its configuration's checks, what it shares and hides, that it can learn, and latent
+// attention in general against Hugging Face transformers' DeepSeek-V3.
+#include "model/transformer.h"
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+
+#include "engine/optim/adamw.h"
+#include "engine/optim/muon.h"
+#include "model/latent_attention.h"
+#include "tests/safetensors.h"
+
+using namespace weft;
+
+namespace {
+
+const char* const kConfigurations[] = {"baseline", "lora", "enhanced"};
+
+Config small(const std::string& name) {
+  return with_attention(Config{}, name,
+                        {{"hidden_size", "32"}, {"heads", "2"}, {"layers", "2"}, {"ffn_size", "64"}, {"experts", "4"},
+                         {"vocab_size", "64"}, {"max_seq_len", "16"}, {"dropout", "0"}, {"router_noise", "0"}});
+}
+
+Tensor ids(const Shape& shape, int64_t vocabulary, uint64_t stream, Device device = Device::cpu) {
+  std::vector<int32_t> values;
+  for (int64_t i = 0; i < shape.numel(); ++i)
+    values.push_back(static_cast<int32_t>(random_below({1, stream}, static_cast<uint64_t>(i), static_cast<uint64_t>(vocabulary))));
+  return Tensor::from(values, shape, device);
+}
+
+double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  REQUIRE(a.size() == b.size());
+  double worst = 0;
+  for (size_t i = 0; i < a.size(); ++i) worst = std::max(worst, std::abs(static_cast<double>(a[i]) - b[i]));
+  return worst;
+}
+
+double relative_difference(const Tensor& a, const Tensor& b) {
+  REQUIRE(a.shape() == b.shape());
+  const std::vector<float> x = a.to_vector<float>(), y = b.to_vector<float>();
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    difference += std::pow(static_cast<double>(x[i]) - y[i], 2);
+    norm += std::pow(static_cast<double>(y[i]), 2);
+  }
+  return std::sqrt(difference / norm);
+}
+
+std::string refusal(const std::string& field, const std::string& text) {
+  Config c;
+  try {
+    set_field(c, field, text);
+  } catch (const Error& e) {
+    CHECK(e.fault() == Fault::config);
+    return e.what();
+  }
+  return "accepted";
+}
+
+double overfit(const std::string& name, Device device) {
+  const Config c = small(name);
+  Params params;
+  const Transformer model(c, Scope(params, device, 42));
+  const Tensor tokens = ids({2, 16}, c.vocab_size, 1, device), targets = ids({2, 16}, c.vocab_size, 2, device);
+  Muon muon(params.of({Kind::matrix}));
+  AdamW adamw(params.of({Kind::vector, Kind::embedding}), {.weight_decay = 0});
+  double loss = 0;
+  for (int step = 0; step < 150; ++step) {
+    params.clear_grads();
+    const Loss l = model.loss(tokens, targets, {.training = true});
+    loss = l.ce.item();
+    if (loss < 0.05) break;
+    backward(l.total);
+    muon.step(0.02);
+    adamw.step(0.01);
+  }
+  return loss;
+}
+
+}  // namespace
+
+TEST_CASE("parameter counts of the experiment") {
+  CHECK(parameter_count(with_attention({}, "baseline")) == 438'906'624);
+  CHECK(parameter_count(with_attention({}, "lora")) == 427'605'504);
+  CHECK(parameter_count(with_attention({}, "enhanced")) == 444'821'504);
+}
+
+TEST_CASE("costs") {
+  const Config baseline = with_attention({}, "baseline"), lora = with_attention({}, "lora");
+  CHECK(kv_cache_bytes_per_token(baseline, 2) == 2 * 768 * 10 * 2);
+  CHECK(kv_cache_bytes_per_token(lora, 2) == (256 + 64) * 10 * 2);
+  const int64_t idle = 10 * 6 * 2 * 768 * 3072;  // six of eight experts
+  CHECK(active_parameter_count(baseline) == 438'906'624 - idle);
+  const double weights = 438'906'624 - idle - 21 * 768;
+  CHECK(flops_per_token(baseline, 512) == doctest::Approx(6 * (weights + 10 * 2 * 768 * 256.0)));
+}
+
+TEST_CASE("the enhanced configuration is what the experiment says") {
+  const Config c = with_attention({}, "enhanced");
+  CHECK(c.q_lora_rank == 128);
+  CHECK(c.kv_lora_rank == 256);
+  CHECK(c.qk_rope_head_dim == 128);
+  CHECK(c.v_head_dim == 192);
+  CHECK(c.attention_bias);
+  CHECK(c.rope_scaling == "linear");
+  CHECK(c.rope_factor == 2);
+  CHECK(c.rms_norm_eps == 1e-6);
+}
+
+TEST_CASE("overrides have the last word, and pass over what a configuration lacks") {
+  const Overrides overrides = {{"hidden_size", "96"}, {"kv_lora_rank", "40"}};
+  CHECK(with_attention({}, "lora", overrides).kv_lora_rank == 40);
+  CHECK(with_attention({}, "lora", overrides).q_lora_rank == 16);
+  CHECK(with_attention({}, "baseline", overrides).kv_lora_rank == 0);
+}
+
+TEST_CASE("a setting refuses what is no sound value") {
+  CHECK(refusal("hidden_sise", "1").find("did you mean 'hidden_size'") != std::string::npos);
+  CHECK(refusal("zzzzzzzz", "1") == "unknown setting 'zzzzzzzz'");
+  CHECK(refusal("attention", "lor").find("baseline, lora, enhanced") != std::string::npos);
+  CHECK(refusal("rope_scaling", "cubic").find("yarn") != std::string::npos);
+  for (const char* text : {"", " 1", "1 ", "abc", "1e3", "12abc", "0x10", "nan", "1.5"})
+    CHECK_MESSAGE(refusal("layers", text).find("whole number") != std::string::npos, text);
+  for (const char* text : {"0", "-1", "99999999999", "99999999999999999999999999"})
+    CHECK_MESSAGE(refusal("layers", text).find("layers must be from 1 to 1000") != std::string::npos, text);
+  for (const char* text : {"nan", "inf", "-inf", "", "0.1x", "1,5"})
+    CHECK_MESSAGE(refusal("dropout", text).find("finite number") != std::string::npos, text);
+  for (const char* text : {"-0.1", "1", "1e400"})
+    CHECK_MESSAGE(refusal("dropout", text).find("dropout must be from 0 to 0.99") != std::string::npos, text);
+  CHECK(refusal("attention_bias", "maybe").find("neither true nor false") != std::string::npos);
+}
+
+TEST_CASE("every field reads back what was written") {
+  Config c = with_attention({}, "enhanced");
+  Config copy;
+  for (const ConfigField& f : config_fields()) set_field(copy, f.name, get_field(c, f.name));
+  CHECK(to_json(copy) == to_json(c));
+}
+
+TEST_CASE("all violations are listed at once") {
+  Config c = with_attention({}, "lora");
+  c.top_k = 9;
+  c.hidden_size = 770;
+  c.qk_rope_head_dim = 63;
+  c.kv_lora_rank = 0;
+  c.dropout = std::nan("");
+  c.rope_scaling = "yarn";
+  const std::vector<std::string> found = violations(c);
+  CHECK(found.size() == 6);
+  std::string all;
+  try {
+    validate(c);
+  } catch (const Error& e) {
+    CHECK(e.fault() == Fault::config);
+    all = e.what();
+  }
+  for (const char* name : {"top_k", "hidden_size", "qk_rope_head_dim", "kv_lora_rank", "dropout", "rope_original_length"})
+    CHECK_MESSAGE(all.find(name) != std::string::npos, name);
+  for (const char* name : kConfigurations) CHECK(violations(with_attention({}, name)).empty());
+  Config none;
+  none.heads = 0;
+  CHECK(violations(none).size() == 2);
+}
+
+TEST_CASE("configurations share the initial weights of what they share") {
+  Params baseline, enhanced;
+  const Transformer a(small("baseline"), Scope(baseline, Device::cpu, 7)), b(small("enhanced"), Scope(enhanced, Device::cpu, 7));
+  int shared = 0;
+  for (const Parameter& p : baseline.list())
+    if (const Parameter* other = enhanced.find(p.name)) {
+      ++shared;
+      CHECK_MESSAGE(p.value.to_vector<float>() == other->value.to_vector<float>(), p.name);
+    }
+  CHECK(shared == 1 + 2 * 3 + 1);  // embedding, each block's gate and two stacks of experts, final norm
+  CHECK(baseline.find("transformer_blocks.0.feed_forward.experts.linear1.weight")->value.to_vector<float>() !=
+        baseline.find("transformer_blocks.1.feed_forward.experts.linear1.weight")->value.to_vector<float>());
+}
+
+TEST_CASE("no logit sees a later token") {
+  for (const char* name : kConfigurations) {
+    const Config c = small(name);
+    Params params;
+    const Transformer model(c, Scope(params, Device::cpu, 3));
+    const Tensor tokens = ids({1, 16}, c.vocab_size, 5);
+    NoGrad no_grad;
+    const std::vector<float> before = model(tokens, {}).logits.to_vector<float>();
+    tokens.data<int32_t>()[10] = (tokens.data<int32_t>()[10] + 1) % 64;
+    const std::vector<float> after = model(tokens, {}).logits.to_vector<float>();
+    const auto cut = static_cast<int64_t>(10 * c.vocab_size);
+    CHECK_MESSAGE(largest_difference({before.begin(), before.begin() + cut}, {after.begin(), after.begin() + cut}) < 1e-5, name);
+    CHECK(largest_difference({before.begin() + cut, before.end()}, {after.begin() + cut, after.end()}) > 1e-3);
+  }
+}
+
+TEST_CASE("training draws from the step's random sequence, evaluation from none") {
+  Config c = small("baseline");
+  c.dropout = c.router_noise = 0.1;
+  Params params;
+  const Transformer model(c, Scope(params, Device::cpu, 3));
+  const Tensor tokens = ids({2, 16}, c.vocab_size, 1), targets = ids({2, 16}, c.vocab_size, 2);
+  const auto training = [&](uint64_t step) {
+    Rng rng(42, step);
+    return model.loss(tokens, targets, {.training = true, .rng = &rng}).total.item();
+  };
+  CHECK(training(1) == training(1));
+  CHECK(training(1) != training(2));
+  const Loss evaluation = model.loss(tokens, targets, {});
+  CHECK(!evaluation.aux);
+  CHECK(evaluation.total.item() == evaluation.ce.item());
+  CHECK(evaluation.ce.item() == doctest::Approx(std::log(64)).epsilon(0.1));
+  CHECK_THROWS_AS(model.loss(tokens, targets, {.training = true}), Error);
+}
+
+TEST_CASE("each configuration overfits one batch") {
+  for (const char* name : kConfigurations) CHECK_MESSAGE(overfit(name, Device::cpu) < 0.05, name);
+}
+
+TEST_CASE("latent attention in general is DeepSeek-V3's") {
+  const auto fixture = read_safetensors(WEFT_SOURCE_DIR "/tests/reference/deepseek_attention.safetensors");
+  Config common = with_attention({}, "lora");
+  common.hidden_size = 32, common.heads = 2, common.max_seq_len = 24, common.dropout = 0;
+  common.kv_lora_rank = 20, common.qk_nope_head_dim = 12, common.qk_rope_head_dim = 16, common.v_head_dim = 10;
+  Config yarn = common, linear = common, dynamic = common;
+  yarn.q_lora_rank = 0, yarn.rope_scaling = "yarn", yarn.rope_base = 100, yarn.rope_factor = 4;
+  yarn.rope_beta_fast = 4, yarn.rope_beta_slow = 0.5, yarn.rope_mscale = 1, yarn.rope_mscale_all_dim = 0.8;
+  yarn.rope_original_length = 64;
+  linear.q_lora_rank = 14, linear.attention_bias = true, linear.rope_scaling = "linear", linear.rope_factor = 2;
+  dynamic.q_lora_rank = 14, dynamic.rope_scaling = "dynamic", dynamic.rope_factor = 3, dynamic.rope_original_length = 16;
+
+  for (const auto& [name, config] : {std::pair<std::string, Config>{"yarn", yarn}, {"linear", linear}, {"dynamic", dynamic}}) {
+    CAPTURE(name);
+    REQUIRE(violations(config).empty());
+    const auto value = [&, name = name](const std::string& of) { return fixture.at(name + "." + of); };
+    Params params;
+    const LatentAttention attention(config, Scope(params, Device::cpu, 0), Rope(rope_options(config), 24, Device::cpu));
+    for (const Parameter& p : params.list()) copy_into(p.value, value("param." + p.name));
+    const Tensor x = leaf(value("x"));
+    const Tensor y = attention(x, {});
+    CHECK(relative_difference(y, value("y")) < 1e-5);
+    backward(sum(mul(y, value("dy"))));
+    CHECK(relative_difference(x.grad(), value("dx")) < 1e-5);
+    for (const Parameter& p : params.list())
+      CHECK_MESSAGE(relative_difference(p.value.grad(), value("grad." + p.name)) < 1e-5, p.name);
+  }
+}
+
+TEST_SUITE("cuda") {
+  TEST_CASE("each configuration overfits one batch on the GPU") {
+    for (const char* name : kConfigurations) CHECK_MESSAGE(overfit(name, Device::cuda) < 0.05, name);
+  }
+
+  TEST_CASE("bf16 computes what f32 does, nearly") {
+    for (const char* name : kConfigurations) {
+      const Config c = small(name);
+      Params params;
+      const Transformer model(c, Scope(params, Device::cuda, 3));
+      const Tensor tokens = ids({2, 16}, c.vocab_size, 1, Device::cuda), targets = ids({2, 16}, c.vocab_size, 2, Device::cuda);
+      const double exact = model.loss(tokens, targets, {}).ce.item();
+      CHECK_MESSAGE(std::abs(model.loss(tokens, targets, {.compute = DType::bf16}).ce.item() - exact) < 0.02, name);
+    }
+  }
+}

@@ -1,0 +1,172 @@
+// The optimizers and the table of schedules.
+#include <doctest/doctest.h>
+
+#include <cmath>
+
+#include "engine/ops.h"
+#include "engine/optim/adamw.h"
+#include "engine/optim/muon.h"
+#include "engine/optim/schedule.h"
+
+using namespace weft;
+
+namespace {
+
+Tensor random_tensor(const Shape& shape, uint64_t stream, Device device = Device::cpu) {
+  const Tensor t = Tensor::empty(shape, DType::f32, device);
+  fill_normal(t, 1.0, {11, stream});
+  return t;
+}
+
+// A leaf with this value whose gradient is `grad`.
+Tensor leaf_with_grad(const Tensor& value, const Tensor& grad) {
+  const Tensor w = leaf(value);
+  backward(sum(mul(w, grad)));
+  return w;
+}
+
+Tensor transposed(const Tensor& x) {
+  const std::vector<float> from = x.to_vector<float>();
+  std::vector<float> to;
+  for (int64_t j = 0; j < x.size(1); ++j)
+    for (int64_t i = 0; i < x.size(0); ++i) to.push_back(from[static_cast<size_t>(i * x.size(1) + j)]);
+  return Tensor::from(to, {x.size(1), x.size(0)}, x.device());
+}
+
+double largest_difference(const Tensor& a, const Tensor& b) {
+  REQUIRE(a.numel() == b.numel());
+  const std::vector<float> x = a.to_vector<float>(), y = b.to_vector<float>();
+  double worst = 0;
+  for (size_t i = 0; i < x.size(); ++i) worst = std::max(worst, std::abs(static_cast<double>(x[i]) - y[i]));
+  return worst;
+}
+
+// What one step of Muon at rate 1 subtracts from zeros.
+Tensor muon_update(const Tensor& grad, MuonOptions options = {}, double grad_scale = 1) {
+  const Tensor w = leaf_with_grad(Tensor::zeros(grad.shape(), DType::f32, grad.device()), grad);
+  Muon({w}, options).step(1, grad_scale);
+  return scale(w.detached(), -1);
+}
+
+void check_same_on_gpu(const Shape& shape, DType compute, double tolerance) {
+  const Tensor grad = random_tensor(shape, 3);
+  const Tensor expected = muon_update(grad);
+  CHECK(largest_difference(muon_update(grad.to(Device::cuda), {.compute = compute}), expected) < tolerance);
+}
+
+}  // namespace
+
+TEST_CASE("AdamW follows its formula") {
+  // More tensors than one launch takes, of sizes around a block's.
+  std::vector<Tensor> leaves, references;
+  for (int i = 0; i < 70; ++i) {
+    const Shape shape{1 + i % 7 * 1500};
+    references.push_back(random_tensor(shape, 100 + i));
+    leaves.push_back(leaf_with_grad(random_tensor(shape, 100 + i), random_tensor(shape, 300 + i)));
+  }
+  AdamW adamw(leaves, {.weight_decay = 0.1});
+  for (int step = 0; step < 3; ++step) adamw.step(0.01, 0.5);
+  CHECK(adamw.steps() == 3);
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    const std::vector<float> g = leaves[i].grad().to_vector<float>(), w = leaves[i].to_vector<float>();
+    const std::vector<float> start = references[i].to_vector<float>();
+    double worst = 0;
+    for (size_t j = 0; j < w.size(); ++j) {
+      double x = start[j], m = 0, v = 0;
+      for (int t = 1; t <= 3; ++t) {
+        const double grad = 0.5 * g[j];
+        m = 0.9 * m + 0.1 * grad;
+        v = 0.999 * v + 0.001 * grad * grad;
+        x -= 0.01 * 0.1 * x;
+        x -= 0.01 * (m / (1 - std::pow(0.9, t))) / (std::sqrt(v / (1 - std::pow(0.999, t))) + 1e-8);
+      }
+      worst = std::max(worst, std::abs(x - w[j]));
+    }
+    CHECK(worst < 1e-5);
+  }
+}
+
+TEST_CASE("an optimizer says which parameter has no gradient") {
+  const Tensor w = leaf(random_tensor({3, 4}, 1));
+  CHECK_THROWS_WITH_AS(AdamW({w}).step(0.1), doctest::Contains("parameter 0 of shape [3, 4] has no gradient"), Error);
+  CHECK_THROWS_WITH_AS(Muon({w}).step(0.1), doctest::Contains("parameter 0 of shape [3, 4] has no gradient"), Error);
+  CHECK_THROWS_AS(Muon({leaf(random_tensor({3}, 1))}), Error);
+}
+
+TEST_CASE("Muon's update is nearly orthogonal, whatever the gradient's size") {
+  for (const double size : {1e-4, 1.0, 1e4}) {
+    const Tensor x = muon_update(scale(random_tensor({8, 40}, 1), size));
+    const std::vector<float> gram = matmul(x, x, Transpose::b).to_vector<float>();
+    for (int i = 0; i < 8; ++i)
+      for (int j = 0; j < 8; ++j) CHECK(std::abs(gram[static_cast<size_t>(8 * i + j)] - (i == j)) < 0.6);
+  }
+  CHECK(largest_difference(muon_update(Tensor::zeros({4, 4}, DType::f32, Device::cpu)),
+                           Tensor::zeros({4, 4}, DType::f32, Device::cpu)) == 0);
+}
+
+TEST_CASE("Muon treats a tall matrix as its transpose, times sqrt(rows / cols)") {
+  const Tensor wide = random_tensor({6, 24}, 2);
+  CHECK(largest_difference(muon_update(transposed(wide)), scale(transposed(muon_update(wide)), 2)) < 1e-5);
+}
+
+TEST_CASE("Muon treats each matrix of a stack by itself") {
+  const Tensor stack = random_tensor({3, 5, 7}, 4);
+  const Tensor together = muon_update(stack);
+  for (int64_t e = 0; e < 3; ++e)
+    CHECK(largest_difference(together.rows(e, e + 1), muon_update(stack.rows(e, e + 1).view({5, 7}))) < 1e-6);
+}
+
+TEST_CASE("Muon's momentum is Nesterov's and takes in the scaled gradient") {
+  const Tensor g1 = random_tensor({4, 6}, 5), g2 = random_tensor({4, 6}, 6);
+  const Tensor w = leaf_with_grad(Tensor::zeros({4, 6}, DType::f32, Device::cpu), g1);
+  Muon muon({w}, {.momentum = 0.9});
+  muon.step(0, 0.5);
+  CHECK(largest_difference(w, Tensor::zeros({4, 6}, DType::f32, Device::cpu)) == 0);
+  CHECK(largest_difference(muon.momentum()[0], scale(g1, 0.05)) < 1e-6);
+  w.clear_grad();
+  backward(sum(mul(w, g2)));
+  muon.step(1, 0.5);
+  // m = 0.9 * 0.05 g1 + 0.1 * 0.5 g2; u = 0.5 g2 + 0.9 (m - 0.5 g2)
+  const Tensor m = add(scale(g1, 0.045), scale(g2, 0.05));
+  const Tensor u = add(scale(g2, 0.05), scale(m, 0.9));
+  const double norm = std::sqrt(squared_norm({u}).item());
+  const Tensor expected = orthogonalized(scale(u, 1 / norm).view({1, 4, 6}));
+  CHECK(largest_difference(scale(w.detached(), -1), expected) < 1e-5);
+}
+
+TEST_CASE("schedules") {
+  const Course course{.micro_steps = 100, .optimizer_steps = 25};
+  const auto seed = schedule("seed").factor;
+  for (int64_t s = 0; s < 5; ++s) CHECK(seed(s, course) == doctest::Approx(s / 5.0));
+  for (int64_t s = 5; s < 25; ++s)
+    CHECK(seed(s, course) == doctest::Approx(0.1 + 0.9 * 0.5 * (1 + std::cos(3.14159265358979 * (s - 5) / 95.0))));
+  const Course longer{.micro_steps = 400, .optimizer_steps = 100};
+  const auto strict = schedule("strict").factor;
+  CHECK(strict(0, longer) == doctest::Approx(0.2));
+  CHECK(strict(4, longer) == 1);
+  CHECK(strict(5, longer) == 1);
+  CHECK(strict(100, longer) == doctest::Approx(0.1));
+  CHECK(strict(0, {1, 1}) == 1);
+  CHECK_THROWS_AS(schedule("none"), Error);
+}
+
+TEST_SUITE("cuda") {
+  TEST_CASE("Muon on the GPU is Muon on the CPU") {
+    for (const Shape& shape : {Shape{8, 40}, Shape{40, 8}, Shape{300, 300}, Shape{3, 64, 128}}) {
+      check_same_on_gpu(shape, DType::f32, 1e-4);
+      check_same_on_gpu(shape, DType::bf16, 0.1);
+    }
+  }
+  TEST_CASE("AdamW on the GPU is AdamW on the CPU") {
+    std::vector<Tensor> cpu, gpu;
+    for (int i = 0; i < 70; ++i) {
+      const Shape shape{1 + i % 7 * 1500};
+      const Tensor value = random_tensor(shape, 100 + i), grad = random_tensor(shape, 300 + i);
+      gpu.push_back(leaf_with_grad(value.to(Device::cuda), grad.to(Device::cuda)));
+      cpu.push_back(leaf_with_grad(value, grad));
+    }
+    AdamW on_cpu(cpu), on_gpu(gpu);
+    for (int step = 0; step < 3; ++step) on_cpu.step(0.01, 0.5), on_gpu.step(0.01, 0.5);
+    for (size_t i = 0; i < cpu.size(); ++i) CHECK(largest_difference(cpu[i], gpu[i]) < 1e-6);
+  }
+}
