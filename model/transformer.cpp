@@ -86,14 +86,16 @@ Params counted_params(const Config& config) {
 int64_t parameter_count(const Config& config) { return counted_params(config).count(); }
 
 int64_t active_parameter_count(const Config& config) {
+  const Params params = counted_params(config);
   double n = 0;
-  for (const Parameter& p : counted_params(config).list()) n += active_share(config, p) * p.shape.numel();
+  for (const Parameter& p : params.list()) n += active_share(config, p) * p.shape.numel();
   return std::llround(n);
 }
 
 double flops_per_token(const Config& config, int64_t length) {
+  const Params params = counted_params(config);
   double weights = 0;
-  for (const Parameter& p : counted_params(config).list())
+  for (const Parameter& p : params.list())
     if (p.kind != Kind::vector) weights += active_share(config, p) * p.shape.numel();
   const double scores = static_cast<double>(config.layers) * attention_row(config.attention).score_width(config) * length / 2;
   return 6 * (weights + scores);

@@ -5,6 +5,8 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <fstream>
+#include <iterator>
 
 #include "engine/optim/adamw.h"
 #include "engine/optim/muon.h"
@@ -215,6 +217,27 @@ TEST_CASE("training draws from the step's random sequence, evaluation from none"
 
 TEST_CASE("each configuration overfits one batch") {
   for (const char* name : kConfigurations) CHECK_MESSAGE(overfit(name, Device::cpu) < 0.05, name);
+}
+
+TEST_CASE("a damaged file of reference values is refused") {
+  const std::string whole = [] {
+    std::ifstream in(WEFT_SOURCE_DIR "/tests/reference/deepseek_attention.safetensors", std::ios::binary);
+    return std::string(std::istreambuf_iterator<char>(in), {});
+  }();
+  const auto refused = [](const std::string& content) {
+    const std::string path = WEFT_BINARY_DIR "/damaged.safetensors";
+    std::ofstream(path, std::ios::binary) << content;
+    try {
+      read_safetensors(path);
+    } catch (const Error& e) {
+      return e.fault() == Fault::data && std::string(e.what()).find(path) == 0;
+    }
+    return false;
+  };
+  for (const size_t size : {size_t{0}, size_t{7}, size_t{8}, size_t{100}, whole.size() - 1}) CHECK_MESSAGE(refused(whole.substr(0, size)), size);
+  CHECK(refused(std::string(20, '\xff')));
+  CHECK(refused(std::string("\4\0\0\0\0\0\0\0[1,2", 12)));
+  CHECK_THROWS_AS(read_safetensors("no such file"), Error);
 }
 
 TEST_CASE("latent attention in general is DeepSeek-V3's") {
