@@ -1,0 +1,105 @@
+// y = op(a) op(b) + bias. With y = a b: da = dy b^T, db = a^T dy; a transposed operand's gradient is transposed too;
+// dbias = column sums of dy. The products are BLAS's (engine/cpu/gemm.h, engine/cuda/blas.h).
+#include "engine/cpu/gemm.h"
+#include "engine/cpu/parallel.h"
+#include "engine/ops.h"
+#if WEFT_CUDA
+#include "engine/cuda/blas.h"
+#include "engine/cuda/stream.h"
+#endif
+
+namespace weft {
+namespace {
+
+// Column sums are taken over ranges of rows, then over the ranges in order: the result does not depend on scheduling.
+constexpr int64_t kRowRange = 128;
+
+template <class T>
+void column_sums(Cpu, const T* x, int64_t rows, int64_t columns, T* y) {
+  parallel_for(columns, 64, [=](int64_t from, int64_t to) {
+    std::vector<acc_t<T>> total(static_cast<size_t>(to - from));
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = from; c < to; ++c) total[static_cast<size_t>(c - from)] += static_cast<acc_t<T>>(x[r * columns + c]);
+    for (int64_t c = from; c < to; ++c) y[c] = T(total[static_cast<size_t>(c - from)]);
+  });
+}
+
+#if WEFT_CUDA
+template <class T>
+__global__ void sum_row_range(const T* x, int64_t rows, int64_t columns, float* partial) {
+  const int64_t c = blockIdx.x * int64_t{128} + threadIdx.x;
+  if (c >= columns) return;
+  const int64_t from = blockIdx.y * kRowRange, to = min(rows, from + kRowRange);
+  float total = 0;
+  for (int64_t r = from; r < to; ++r) total += static_cast<float>(x[r * columns + c]);
+  partial[blockIdx.y * columns + c] = total;
+}
+template <class T>
+__global__ void sum_ranges(const float* partial, int64_t ranges, int64_t columns, T* y) {
+  const int64_t c = element_index();
+  if (c >= columns) return;
+  float total = 0;
+  for (int64_t r = 0; r < ranges; ++r) total += partial[r * columns + c];
+  y[c] = T(total);
+}
+template <class T>
+void column_sums(Cuda, const T* x, int64_t rows, int64_t columns, T* y) {
+  const int64_t ranges = (rows + kRowRange - 1) / kRowRange;
+  check(ranges <= 65535, "column sums of {} rows", rows);
+  const Tensor partial = Tensor::empty({ranges, columns}, DType::f32, Device::cuda);
+  launch_blocks(sum_row_range<T>, dim3(static_cast<unsigned>((columns + 127) / 128), static_cast<unsigned>(ranges)), 128, 0,
+                x, rows, columns, partial.data<float>());
+  launch_elements(sum_ranges<T>, columns, static_cast<const float*>(partial.data<float>()), ranges, columns, y);
+}
+#endif
+
+// op(a) op(b) as a tensor of shape `shape`.
+Tensor product(const Tensor& a, const Tensor& b, const Shape& shape, Gemm g) {
+  Tensor y = Tensor::like(a, shape);
+  g.a = a.raw();
+  g.b = b.raw();
+  g.c = y.raw();
+  g.dtype = g.out = a.dtype();
+  on_device(a.device(), [&](auto device) { gemm(device, g); });
+  return y;
+}
+
+}  // namespace
+
+Tensor matmul(const Tensor& a, const Tensor& b, Transpose transpose, const Tensor& bias) {
+  const bool of_a = transpose == Transpose::a, of_b = transpose == Transpose::b;
+  check(a.rank() >= (of_a ? 2 : 1) && b.rank() == 2 && (!of_a || a.rank() == 2) && a.dtype() == b.dtype() &&
+            a.device() == b.device(),
+        "matmul of {} {} and {} {}", name_of(a.dtype()), a.shape().str(), name_of(b.dtype()), b.shape().str());
+  const int64_t m = of_a ? a.size(1) : a.shape().rows(), k = of_a ? a.size(0) : a.size(-1);
+  const int64_t n = of_b ? b.size(0) : b.size(1), inner = of_b ? b.size(1) : b.size(0);
+  check(k == inner && k > 0, "matmul of {}{} and {}{}: the inner sizes must be equal and positive, found {} and {}",
+        a.shape().str(), of_a ? " (transposed)" : "", b.shape().str(), of_b ? " (transposed)" : "", k, inner);
+  check(!bias || (bias.shape() == Shape{n} && bias.dtype() == a.dtype() && bias.device() == a.device()),
+        "matmul's bias must be {} [{}], found {} {}", name_of(a.dtype()), n, name_of(bias.dtype()), bias.shape().str());
+  Shape shape = a.shape();
+  if (of_a) shape.set(0, m);
+  shape.set(-1, n);
+  const bool for_a = a.needs_grad(), for_b = b.needs_grad(), for_bias = bias && bias.needs_grad();
+  Tensor y = product(a, b, shape, {.m = m, .n = n, .k = k, .transpose_a = of_a, .transpose_b = of_b, .bias = bias.raw()});
+  std::vector<Tensor> inputs{a, b};
+  if (bias) inputs.push_back(bias);
+  return record("matmul", y, inputs,
+                [=, has_bias = static_cast<bool>(bias), a_shape = a.shape(), b_shape = b.shape(),
+                 a = for_b ? a.detached() : Tensor{}, b = for_a ? b.detached() : Tensor{}](const Tensor& dy) -> Gradients {
+    Gradients d(has_bias ? 3 : 2);
+    if (b && of_a) d[0] = product(b, dy, a_shape, {.m = k, .n = m, .k = n, .transpose_b = true});
+    else if (b) d[0] = product(dy, b, a_shape, {.m = m, .n = k, .k = n, .transpose_b = !of_b});
+    if (a && of_b) d[1] = product(dy, a, b_shape, {.m = n, .n = k, .k = m, .transpose_a = true});
+    else if (a) d[1] = product(a, dy, b_shape, {.m = k, .n = n, .k = m, .transpose_a = !of_a});
+    if (for_bias) {
+      d[2] = Tensor::like(dy, {n});
+      on_device(dy.device(), [&](auto device) {
+        dispatch(device, dy.dtype(), [&]<class T>() { column_sums(device, dy.data<T>(), m, n, d[2].data<T>()); });
+      });
+    }
+    return d;
+  });
+}
+
+}  // namespace weft
