@@ -6,9 +6,11 @@
 #include <cmath>
 
 #include "engine/allocator.h"
+#include "engine/cpu/gemm.h"
 #include "engine/cpu/parallel.h"
 #include "engine/ops.h"
 #if WEFT_CUDA
+#include "engine/cuda/blas.h"
 #include "engine/cuda/stream.h"
 #endif
 
@@ -37,17 +39,19 @@ WEFT_HD float polynomial(T a, T a2, bool diagonal) {
 // x = u / (|u| + eps) of each matrix, after the momentum took in g.
 template <class T>
 void direction(Cpu, const float* g, float* m, T* x, Sizes s, float scale, float beta) {
-  for (int64_t k = 0; k < s.matrices; ++k) {
-    double sum = 0;
-    for (int64_t i = k * s.matrix(); i < (k + 1) * s.matrix(); ++i) {
-      m[i] += (1 - beta) * (g[i] * scale - m[i]);
-      const double u = nesterov(g[i] * scale, m[i], beta);
-      sum += u * u;
+  parallel_for(s.matrices, 1, [=](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t from = k * s.matrix(), to = from + s.matrix();
+      double sum = 0;
+      for (int64_t i = from; i < to; ++i) {
+        m[i] += (1 - beta) * (g[i] * scale - m[i]);
+        const double u = nesterov(g[i] * scale, m[i], beta);
+        sum += u * u;
+      }
+      const float inverse = 1 / (static_cast<float>(std::sqrt(sum)) + kNormEps);
+      for (int64_t i = from; i < to; ++i) x[i] = T(nesterov(g[i] * scale, m[i], beta) * inverse);
     }
-    const float inverse = 1 / (static_cast<float>(std::sqrt(sum)) + kNormEps);
-    for (int64_t i = k * s.matrix(); i < (k + 1) * s.matrix(); ++i)
-      x[i] = T(nesterov(g[i] * scale, m[i], beta) * inverse);
-  }
+  });
 }
 // a2 = aI + b a + c a2 of each [size, size].
 template <class T>
@@ -130,20 +134,20 @@ void descend(Cuda, float* w, const T* x, float rate, int64_t n) {
 
 // Each matrix of a [n, .., ..] times its fellow of b.
 Tensor products(const Tensor& a, const Tensor& b, Transpose transpose) {
-  const int64_t rows = transpose == Transpose::a ? a.size(2) : a.size(1);
-  const int64_t cols = transpose == Transpose::b ? b.size(1) : b.size(2);
-  const Tensor y = Tensor::like(a, {a.size(0), rows, cols});
-  for (int64_t k = 0; k < a.size(0); ++k) {
-    const auto matrix = [k](const Tensor& t) { return t.rows(k, k + 1).view({t.size(1), t.size(2)}); };
-    copy_into(matrix(y), matmul(matrix(a), matrix(b), transpose));
-  }
+  const bool transpose_a = transpose == Transpose::a, transpose_b = transpose == Transpose::b;
+  const int64_t m = a.size(transpose_a ? 2 : 1), k = a.size(transpose_a ? 1 : 2), n = b.size(transpose_b ? 1 : 2);
+  const Tensor y = Tensor::like(a, {a.size(0), m, n});
+  on_device(a.device(), [&](auto device) {
+    gemm(device, {.a = a.raw(), .b = b.raw(), .c = y.raw(), .dtype = a.dtype(), .m = m, .n = n, .k = k,
+                  .transpose_a = transpose_a, .transpose_b = transpose_b, .batch = a.size(0), .stride_a = m * k,
+                  .stride_b = k * n, .stride_c = m * n});
+  });
   return y;
 }
 
 }  // namespace
 
 Tensor orthogonalized(Tensor x) {
-  NoGrad no_grad;
   const bool tall = x.size(1) > x.size(2);
   const int64_t size = std::min(x.size(1), x.size(2));
   for (int step = 0; step < kSteps; ++step) {
