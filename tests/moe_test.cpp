@@ -1,0 +1,176 @@
+// Routing's invariants and the experts' products where experts are empty, alone, or of odd sizes.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "engine/ops.h"
+#include "tests/tolerance.h"
+
+using namespace weft;
+
+namespace {
+
+using Ids = std::vector<int32_t>;
+
+std::vector<float> draw(int64_t n, uint64_t stream) {
+  std::vector<float> values;
+  for (int64_t i = 0; i < n; ++i) values.push_back(random_normal({7, stream}, static_cast<uint64_t>(i)));
+  return values;
+}
+
+void routing_holds(const std::vector<float>& logits, int64_t n, int64_t e, int64_t k, Device device) {
+  INFO(n, " tokens, ", e, " experts, ", k, " chosen, on ", name_of(device));
+  const Routing r = route_top_k(Tensor::from(logits, {n, e}, device), k);
+  const Ids experts = r.experts.to_vector<int32_t>(), slots = r.slots.to_vector<int32_t>(),
+            sources = r.sources.to_vector<int32_t>(), offsets = r.offsets.to_vector<int32_t>();
+  int64_t unchosen = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto better = [&](int32_t a, int32_t b) {  // a comes before b
+      const float x = logits[i * e + a], y = logits[i * e + b];
+      return x > y || (x == y && a < b);
+    };
+    const auto first = experts.begin() + i * k;
+    for (int64_t j = 0; j + 1 < k; ++j) unchosen += !better(first[j], first[j + 1]);
+    for (int32_t other = 0; other < e; ++other)
+      if (std::find(first, first + k, other) == first + k) unchosen += !better(first[k - 1], other);
+  }
+  CHECK_MESSAGE(unchosen == 0, "pairs of experts in the wrong order");
+  REQUIRE(offsets.size() == static_cast<size_t>(e + 1));
+  CHECK(offsets.front() == 0);
+  CHECK(offsets.back() == n * k);
+  int64_t misplaced = 0;
+  for (int64_t c = 0; c < n * k; ++c) {
+    const int32_t row = slots[c];
+    misplaced += row < offsets[experts[c]] || row >= offsets[experts[c] + 1] || sources[row] != c;
+  }
+  for (int64_t row = 0; row + 1 < n * k; ++row)
+    misplaced += experts[sources[row]] == experts[sources[row + 1]] && sources[row] > sources[row + 1];
+  CHECK_MESSAGE(misplaced == 0, "choices outside their expert's rows, or out of order");
+}
+
+void all_routings_hold(Device device) {
+  struct Size {
+    int64_t n, e, k;
+  };
+  for (const auto [n, e, k] : {Size{0, 4, 2}, Size{1, 1, 1}, Size{1, 8, 8}, Size{129, 3, 2}, Size{2000, 8, 2},
+                               Size{300, 256, 8}, Size{5000, 64, 3}})
+    routing_holds(draw(n * e, 1), n, e, k, device);
+  routing_holds(std::vector<float>(1000 * 8, 0.5f), 1000, 8, 3, device);  // ties: the lowest indices
+  std::vector<float> one(500 * 5, 0.0f);
+  for (size_t i = 3; i < one.size(); i += 5) one[i] = 1;
+  routing_holds(one, 500, 5, 1, device);  // all on expert 3
+}
+
+void nan_logits_choose_different_experts(Device device) {
+  const std::vector<float> logits(64 * 4, std::numeric_limits<float>::quiet_NaN());
+  const Routing r = route_top_k(Tensor::from(logits, {64, 4}, device), 2);
+  const Ids experts = r.experts.to_vector<int32_t>();
+  for (size_t i = 0; i < experts.size(); i += 2) {
+    CHECK(experts[i] >= 0);
+    CHECK(experts[i] < 4);
+    CHECK(experts[i] != experts[i + 1]);
+  }
+}
+
+Tensor typed(const std::vector<float>& values, const Shape& shape, DType dtype, Device device) {
+  return dispatch(Cpu{}, dtype, [&]<class T>() {
+    std::vector<T> narrow;
+    for (const float v : values) narrow.push_back(T(v));
+    return Tensor::from(narrow, shape, device);
+  });
+}
+std::vector<double> values_of(const Tensor& t) {
+  return dispatch(Cpu{}, t.dtype(), [&]<class T>() {
+    std::vector<double> values;
+    for (const T v : t.to_vector<T>()) values.push_back(static_cast<double>(acc_t<T>(v)));
+    return values;
+  });
+}
+
+void close(const char* what, const Tensor& found, const std::vector<double>& expected, double tolerance) {
+  const std::vector<double> values = values_of(found);
+  REQUIRE(values.size() == expected.size());
+  double squares = 0, worst = 0;
+  for (const double e : expected) squares += e * e;
+  const double rms = std::sqrt(squares / static_cast<double>(expected.size()));
+  for (size_t i = 0; i < expected.size(); ++i)
+    if (values[i] != expected[i]) {
+      const double error = std::abs(values[i] - expected[i]) / std::max(std::abs(expected[i]), rms);
+      worst = std::isnan(error) ? error : std::max(worst, error);
+    }
+  const bool in = worst <= tolerance;
+  CHECK_MESSAGE(in, what, ": relative error ", worst, ", allowed ", tolerance);
+}
+
+// y, dx and dw against loops, for rows_of[e] rows of each expert.
+void products_hold(const std::vector<int64_t>& rows_of, int64_t inputs, int64_t outputs, DType dtype, Device device) {
+  const int64_t experts = static_cast<int64_t>(rows_of.size());
+  std::vector<float> logits;
+  for (int64_t e = 0; e < experts; ++e)
+    for (int64_t i = 0; i < rows_of[e]; ++i)
+      for (int64_t j = 0; j < experts; ++j) logits.push_back(j == e ? 1.0f : 0.0f);
+  const int64_t rows = static_cast<int64_t>(logits.size()) / experts;
+  INFO(rows, " rows, ", experts, " experts, ", inputs, " -> ", outputs, ", ", name_of(dtype), " on ", name_of(device));
+  const Routing r = route_top_k(Tensor::from(logits, {rows, experts}, device), 1);
+  const Tensor x = leaf(typed(draw(rows * inputs, 1), {rows, inputs}, dtype, device));
+  const Tensor w = leaf(typed(draw(experts * outputs * inputs, 2), {experts, outputs, inputs}, dtype, device));
+  const Tensor dy = typed(draw(rows * outputs, 3), {rows, outputs}, dtype, device);
+  const Tensor y = grouped_matmul(x, w, r);
+  const Gradients gradients = y.node()->gradient(dy);
+
+  const std::vector<double> xs = values_of(x), ws = values_of(w), dys = values_of(dy);
+  std::vector<double> ys(dys.size()), dxs(xs.size()), dws(ws.size());
+  for (int64_t e = 0, row = 0; e < experts; ++e)
+    for (const int64_t end = row + rows_of[e]; row < end; ++row)
+      for (int64_t o = 0; o < outputs; ++o)
+        for (int64_t i = 0; i < inputs; ++i) {
+          const int64_t at = (e * outputs + o) * inputs + i;
+          ys[row * outputs + o] += xs[row * inputs + i] * ws[at];
+          dxs[row * inputs + i] += dys[row * outputs + o] * ws[at];
+          dws[at] += dys[row * outputs + o] * xs[row * inputs + i];
+        }
+  close("y", y, ys, tolerance(dtype, inputs));
+  close("dx", gradients[0], dxs, tolerance(dtype, outputs));
+  close("dw", gradients[1], dws, tolerance(dtype, *std::max_element(rows_of.begin(), rows_of.end())));
+  // The same bits again.
+  CHECK(values_of(grouped_matmul(x, w, r)) == values_of(y));
+}
+
+void all_products_hold(Device device) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    products_hold({0, 0, 131, 0}, 20, 12, dtype, device);          // one expert; no multiple of 8
+    products_hold({0, 259, 0}, 72, 264, dtype, device);            // one expert, more than a tile each way
+    products_hold({1, 127, 128, 129, 0, 3}, 64, 128, dtype, device);
+    products_hold({65, 63, 1, 0, 7}, 520, 16, dtype, device);      // many steps along the inputs
+    products_hold({300, 0, 211}, 24, 40, dtype, device);           // many steps along the rows
+    products_hold({17, 40}, 129, 33, dtype, device);
+    products_hold({0, 0}, 16, 8, dtype, device);
+  }
+}
+
+TEST_CASE("routing: invariants, ties, one expert") { all_routings_hold(Device::cpu); }
+TEST_CASE("routing: logits that are nan") { nan_logits_choose_different_experts(Device::cpu); }
+TEST_CASE("grouped_matmul: empty experts, ragged rows, odd sizes") { all_products_hold(Device::cpu); }
+
+TEST_CASE("routing: misuse is refused") {
+  const Tensor logits = Tensor::zeros({4, 3}, DType::f32, Device::cpu);
+  CHECK_THROWS_AS(route_top_k(logits, 4), Error);
+  CHECK_THROWS_AS(route_top_k(logits, 0), Error);
+  CHECK_THROWS_AS(route_top_k(Tensor::zeros({4, 300}, DType::f32, Device::cpu), 2), Error);
+  const Routing r = route_top_k(logits, 2);
+  CHECK_THROWS_AS(gather_rows(Tensor::zeros({5, 2}, DType::f32, Device::cpu), r), Error);
+  CHECK_THROWS_AS(grouped_matmul(Tensor::zeros({8, 2}, DType::f32, Device::cpu),
+                                 Tensor::zeros({2, 2, 2}, DType::f32, Device::cpu), r), Error);
+  CHECK_THROWS_AS(balance_loss(Tensor::zeros({4, 2}, DType::f32, Device::cpu), r), Error);
+}
+
+}  // namespace
+
+TEST_SUITE("cuda") {
+  TEST_CASE("routing on the GPU: invariants, ties, one expert") { all_routings_hold(Device::cuda); }
+  TEST_CASE("routing on the GPU: logits that are nan") { nan_logits_choose_different_experts(Device::cuda); }
+  TEST_CASE("grouped_matmul on the GPU: empty experts, ragged rows, odd sizes") { all_products_hold(Device::cuda); }
+}
