@@ -167,6 +167,7 @@ TEST_SUITE("cuda") {
     }
     AdamW on_cpu(cpu), on_gpu(gpu);
     for (int step = 0; step < 3; ++step) on_cpu.step(0.01, 0.5), on_gpu.step(0.01, 0.5);
-    for (size_t i = 0; i < cpu.size(); ++i) CHECK(largest_difference(cpu[i], gpu[i]) < 1e-6);
+    // Each step may round a value (below 8) differently by one unit in its last place.
+    for (size_t i = 0; i < cpu.size(); ++i) CHECK(largest_difference(cpu[i], gpu[i]) <= 3 * std::ldexp(8, -24));
   }
 }

@@ -1,5 +1,7 @@
-// loss = E / N * sum_n s_n with s_n = sum_e share_e p[n, e], p = softmax(logits) of a row, share_e the part of all
-// choices that went to e, a constant: dlogits[n, e] = dloss * E / N * p[n, e] (share_e - s_n).
+// loss = E / N * sum_n sum_e share_e p[n, e], p = softmax(logits) of a row, share_e the part of all choices that went to
+// e, a constant. Shares are near 1 / E, and only what they differ by has a gradient: with excess_e = share_e - 1 / E and
+// s_n = sum_e excess_e p[n, e], loss = 1 + E / N * sum_n s_n and dlogits[n, e] = dloss * E / N * p[n, e] (excess_e - s_n)
+// lose no digits to the part that cancels.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -27,16 +29,17 @@ struct Row {
     for (int64_t e = 0; e < s.experts; ++e) {
       const T p = exp(logits[e] - largest);
       total += p;
-      sum += p * share(e, s);
+      sum += p * excess(e, s);
     }
     sum /= total;
   }
-  WEFT_HD T share(int64_t e, const RoutingSize& s) const {
-    return T(offsets[e + 1] - offsets[e]) / T(s.tokens * s.chosen);
+  WEFT_HD T excess(int64_t e, const RoutingSize& s) const {
+    const int64_t choices = s.tokens * s.chosen;
+    return T((offsets[e + 1] - offsets[e]) * s.experts - choices) / T(choices * s.experts);
   }
   WEFT_HD void gradient(T factor, T* dlogits, const RoutingSize& s) const {
     for (int64_t e = 0; e < s.experts; ++e)
-      dlogits[e] = factor * (exp(logits[e] - largest) / total) * (share(e, s) - sum);
+      dlogits[e] = factor * (exp(logits[e] - largest) / total) * (excess(e, s) - sum);
   }
 };
 
@@ -44,7 +47,7 @@ template <class T>
 void forward(Cpu, const T* logits, const int32_t* offsets, T* loss, const RoutingSize& s) {
   T sum = 0;
   for (int64_t n = 0; n < s.tokens; ++n) sum += Row<T>(logits + n * s.experts, offsets, s).sum;
-  *loss = sum * T(s.experts) / T(s.tokens);
+  *loss = 1 + sum * T(s.experts) / T(s.tokens);
 }
 template <class T>
 void backward(Cpu, const T* logits, const int32_t* offsets, const T* dloss, T* dlogits, const RoutingSize& s) {
@@ -67,7 +70,7 @@ __global__ void __launch_bounds__(256) balance_loss_sum(const float* partial, fl
   float sum = 0;
   for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) sum += partial[i];
   sum = block_sum(sum);
-  if (threadIdx.x == 0) *loss = sum * s.experts / s.tokens;
+  if (threadIdx.x == 0) *loss = 1 + sum * s.experts / s.tokens;
 }
 __global__ void __launch_bounds__(256) balance_loss_backward(const float* logits, const int32_t* offsets,
                                                              const float* dloss, float* dlogits, RoutingSize s) {

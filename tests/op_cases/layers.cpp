@@ -109,8 +109,12 @@ void add_layer_cases(std::vector<OpCase>& cases) {
   const auto norm_loops = [](auto& x) { return rms_norm_loops(x[0], x[1], 1e-6); };
   cases.push_back({.name = "rms_norm",
                    .sizes = {{{{3, 37}}, wide({37})}, {{{2, 9, 768}}, wide({768})}, {{{300, 8}}, wide({8})},
-                             {{{2, 4104}}, wide({4104})}, {{{5, 1}}, wide({1})}},
+                             {{{2, 4104}}, wide({4104})}},
                    .run = norm, .reference = norm_loops, .reduction = 4104, .large = {{tokens}, wide({768})}});
+  // One column: only a large eps leaves a gradient that is more than rounding.
+  cases.push_back({.name = "rms_norm_one_column", .sizes = {{{{5, 1}}, wide({1})}},
+                   .run = [](auto& x) { return rms_norm(x[0], x[1], 0.5); },
+                   .reference = [](auto& x) { return rms_norm_loops(x[0], x[1], 0.5); }});
   cases.push_back({.name = "rms_norm_narrow_weight", .sizes = {{{{3, 37}}, {{37}}}, {{{2, 9, 768}}, {{768}}}},
                    .run = norm, .reference = norm_loops, .reduction = 768});
 
