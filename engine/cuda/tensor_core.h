@@ -47,12 +47,12 @@ __device__ inline uint32_t pack(float low, float high) {
 
 // Starts a copy to shared memory; fills with zeros instead where not `inside` (`from` is not read then).
 __device__ inline void copy_16_bytes(void* to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(inside ? 16 : 0)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               ::"r"(shared_address(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
 }
 __device__ inline void copy_4_bytes(void* to, const void* from, bool inside) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(inside ? 4 : 0)
-               : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+               ::"r"(shared_address(to)), "l"(from), "r"(inside ? 4 : 0) : "memory");
 }
 // Closes the group of copies started since the last call.
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -52,40 +52,47 @@ void write_rows(const Rows<A>& rows, T* to, int64_t stride, int64_t time, int64_
     for (int64_t d = 0; d < width; ++d) to[t * stride + d] = T(rows[t * width + d]);
 }
 
+// out[0, n) += sum over j < count <= 4 of weights[j * weight_stride] * rows[j * row_stride + (0, n)]
+template <class A>
+void add_rows(A* __restrict out, const A* weights, int64_t weight_stride, const A* rows, int64_t row_stride,
+              int64_t count, int64_t n) {
+  if (count == 4) {  // one pass over `out` for all four
+    const A w0 = weights[0], w1 = weights[weight_stride];
+    const A w2 = weights[2 * weight_stride], w3 = weights[3 * weight_stride];
+    const A *r0 = rows, *r1 = rows + row_stride, *r2 = rows + 2 * row_stride, *r3 = rows + 3 * row_stride;
+    for (int64_t i = 0; i < n; ++i) out[i] += (w0 * r0[i] + w1 * r1[i]) + (w2 * r2[i] + w3 * r3[i]);
+    return;
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    const A w = weights[j * weight_stride], *row = rows + j * row_stride;
+    for (int64_t i = 0; i < n; ++i) out[i] += w * row[i];
+  }
+}
+
 // products[r, s] = row r . column s for s < keys; rows [count, width], columns [width, T].
 template <class A>
 void row_products(A* products, const A* rows, const A* columns, int64_t count, int64_t keys, int64_t time,
                   int64_t width) {
   for (int64_t r = 0; r < count; ++r) std::fill_n(products + r * time, keys, A(0));
-  for (int64_t d = 0; d < width; ++d)
-    for (int64_t r = 0; r < count; ++r) {
-      const A x = rows[r * width + d];
-      const A* column = columns + d * time;
-      A* out = products + r * time;
-      for (int64_t s = 0; s < keys; ++s) out[s] += x * column[s];
-    }
+  for (int64_t d = 0; d < width; d += 4)
+    for (int64_t r = 0; r < count; ++r)
+      add_rows(products + r * time, rows + r * width + d, 1, columns + d * time, time, std::min<int64_t>(4, width - d),
+               keys);
 }
 
 // sums[r, :] += sum_s weights[r, s] rows[s, :]
 template <class A>
 void add_weighted(A* sums, const A* weights, const A* rows, int64_t count, int64_t keys, int64_t time, int64_t width) {
-  for (int64_t s = 0; s < keys; ++s)
-    for (int64_t r = 0; r < count; ++r) {
-      const A w = weights[r * time + s];
-      if (w == 0) continue;
-      for (int64_t d = 0; d < width; ++d) sums[r * width + d] += w * rows[s * width + d];
-    }
+  for (int64_t s = 0; s < keys; s += 4)
+    for (int64_t r = 0; r < count; ++r)
+      add_rows(sums + r * width, weights + r * time + s, 1, rows + s * width, width, std::min<int64_t>(4, keys - s),
+               width);
 }
 
 // sums[s, :] += sum_r weights[r, s] rows[r, :]
 template <class A>
 void add_spread(A* sums, const A* weights, const A* rows, int64_t count, int64_t keys, int64_t time, int64_t width) {
-  for (int64_t s = 0; s < keys; ++s)
-    for (int64_t r = 0; r < count; ++r) {
-      const A w = weights[r * time + s];
-      if (w == 0) continue;
-      for (int64_t d = 0; d < width; ++d) sums[s * width + d] += w * rows[r * width + d];
-    }
+  for (int64_t s = 0; s < keys; ++s) add_rows(sums + s * width, weights + s, time, rows, width, count, width);
 }
 
 // factors[s] = 1/(1-p) where the mask keeps the row's element s, else 0.

@@ -95,7 +95,7 @@ __device__ uint32_t kept_of_four(const AttentionSize& a, int64_t index) {  // bi
 // With queries (from t) as rows and keys (from s, a multiple of 8) as columns:
 __device__ uint32_t kept_by_query(const AttentionSize& a, const Lane& lane, int64_t rows, int t, int s) {
   const int c = lane.c;
-  if (a.time % 4 == 0) {  // lanes c = 0, 1 share the first four columns: the even one draws row g, the odd one row g + 8
+  if (a.time % 4 == 0) {  // lanes c = 0, 1 share four columns: the even one draws row g, the odd one row g + 8
     const bool odd = c % 2;
     const uint32_t own = kept_of_four(a, (rows + t + lane.g + 8 * odd) * a.time + s + c / 2 * 4);
     const uint32_t other = __shfl_xor_sync(~0u, own, 1);

@@ -6,7 +6,9 @@ namespace weft {
 namespace {
 
 Inputs sizes(int64_t batch, int64_t time, int64_t heads, int64_t key_heads, int64_t key_width, int64_t value_width) {
-  return {{{batch, time, heads, key_width}}, {{batch, time, key_heads, key_width}}, {{batch, time, heads, value_width}}};
+  return {{{batch, time, heads, key_width}},
+          {{batch, time, key_heads, key_width}},
+          {{batch, time, heads, value_width}}};
 }
 
 OpCase::Function attend(double scale, double dropout) {
