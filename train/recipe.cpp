@@ -85,8 +85,8 @@ void exp1(Recipe&) {}
 // A model of the same form that two CPU cores train in a minute.
 void quick(Recipe& r) {
   r.model.hidden_size = 96, r.model.layers = 2, r.model.heads = 4, r.model.ffn_size = 256, r.model.experts = 4;
-  r.model.vocab_size = 512, r.model.max_seq_len = 128;
-  r.batch = 8, r.seq = 128, r.steps = 240, r.accumulate = 2, r.eval_every = 60, r.eval_batches = 20;
+  r.model.vocab_size = 256, r.model.max_seq_len = 128;
+  r.batch = 8, r.seq = 128, r.steps = 200, r.accumulate = 1, r.eval_every = 50, r.eval_batches = 20;
   r.max_tokens = 500'000;
 }
 

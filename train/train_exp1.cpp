@@ -41,13 +41,14 @@ int run(int argc, char** argv) {
   std::string preset, device = "auto", out;
   std::vector<std::string> settings;
   bool count_params = false, print_config = false, dry_run = false;
-  app.add_option("--preset", preset, "sizes and recipe: " + preset_list() + " (default: exp1 with a GPU, else quick)");
-  app.add_option("--device", device, "auto, cpu or cuda")->capture_default_str();
+  app.add_option("--preset", preset, "sizes and recipe: " + preset_list() + " (default: exp1 with a GPU, else quick)")
+      ->take_last();
+  app.add_option("--device", device, "auto, cpu or cuda")->capture_default_str()->take_last();
   std::vector<std::pair<const FieldOption*, std::string>> fields;
   for (const FieldOption& f : kFieldOptions) fields.push_back({&f, ""});
-  for (auto& [f, text] : fields) app.add_option(f->option, text, f->help);
+  for (auto& [f, text] : fields) app.add_option(f->option, text, f->help)->take_last();
   app.add_option("--set", settings, "key=value, for every field that --print-config shows; may be repeated");
-  app.add_option("--out", out, "folder of the run, new (default: runs/exp1-<time>)");
+  app.add_option("--out", out, "folder of the run, new (default: runs/exp1-<time>)")->take_last();
   app.add_flag("--count-params", count_params, "print each configuration's parameters and stop");
   app.add_flag("--print-config", print_config, "print the resolved settings as JSON and stop");
   app.add_flag("--dry-run", dry_run, "check the settings and the data, print the plan and stop");

@@ -1,0 +1,210 @@
+// train_exp1 as its users meet it: what a run folder holds, and what bad input is answered with.
+#include <doctest/doctest.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <string>
+#include <sys/wait.h>
+#include <vector>
+
+#include "data/token_file.h"
+
+namespace {
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+struct Answer {
+  int code;
+  std::string text;  // stdout and stderr
+};
+
+Answer run(const std::string& arguments, const std::string& before = "") {
+  FILE* pipe = popen((before + WEFT_BINARY_DIR "/train_exp1 " + arguments + " 2>&1").c_str(), "r");
+  REQUIRE(pipe != nullptr);
+  Answer answer{0, ""};
+  char buffer[4096];
+  while (const size_t n = fread(buffer, 1, sizeof buffer, pipe)) answer.text.append(buffer, n);
+  const int status = pclose(pipe);
+  answer.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  return answer;
+}
+
+// A folder of this test's own, gone at the end.
+struct Scratch {
+  fs::path path = fs::temp_directory_path() / ("weft-train-test-" + std::to_string(getpid()));
+  Scratch() { fs::create_directories(path); }
+  ~Scratch() { fs::remove_all(path); }
+  std::string operator/(const std::string& name) const { return (path / name).string(); }
+};
+
+Json read_json(const fs::path& path) {
+  std::ifstream in(path);
+  REQUIRE_MESSAGE(in.good(), path.string());
+  return Json::parse(in);
+}
+
+const std::string kTiny = "--preset tiny --device cpu ";
+
+}  // namespace
+
+TEST_CASE("a run folder holds the settings, the points and the results") {
+  const Scratch scratch;
+  const std::string out = scratch / "run";
+  const Answer answer = run(kTiny + "--configs baseline,enhanced --seeds 1,2 --out " + out);
+  REQUIRE_MESSAGE(answer.code == 0, answer.text);
+  const Json results = read_json(out + "/results.json");
+  CHECK(results["schema"] == "weft-results-1");
+  CHECK(results["status"] == "complete");
+  REQUIRE(results["runs"].size() == 4);
+  for (const Json& r : results["runs"]) {
+    for (const char* key :
+         {"experiment_name", "seed", "uses_deepseek", "status", "val_loss", "val_accuracy", "val_perplexity",
+          "training_time_minutes", "initial_memory_gb", "peak_memory_gb", "final_memory_gb", "memory_used_gb",
+          "parameter_count", "parameters_millions", "tokens_per_second", "step_ms_median", "peak_memory_by_category_gb"})
+      CHECK_MESSAGE(r.contains(key), key);
+    CHECK(r["uses_deepseek"] == (r["experiment_name"] == "enhanced"));
+    CHECK(r["val_loss"].get<double>() < 5);
+    double sum = 0;
+    for (const auto& [category, gigabytes] : r["peak_memory_by_category_gb"].items()) sum += gigabytes.get<double>();
+    CHECK(sum == doctest::Approx(r["peak_memory_gb"].get<double>()));
+    for (const Json& layer : r["expert_load"]) {
+      double share = 0;
+      for (const Json& x : layer) share += x.get<double>();
+      CHECK(share == doctest::Approx(1));
+    }
+  }
+  CHECK(results["runs"][0]["val_loss"] != results["runs"][1]["val_loss"]);  // each configuration is really its own
+  CHECK(read_json(out + "/resolved_config.json")["models"]["enhanced"]["rope_scaling"] == "linear");
+  CHECK(read_json(out + "/env.json").contains("weft_version"));
+  int train = 0, eval = 0;
+  std::ifstream metrics(out + "/metrics.jsonl");
+  for (std::string line; std::getline(metrics, line);) ++(Json::parse(line)["kind"] == "train" ? train : eval);
+  CHECK(train == 4 * 8);
+  CHECK(eval == 4 * 2);
+
+  const Answer again = run(kTiny + "--out " + out);
+  CHECK(again.code == 2);
+  CHECK_MESSAGE(again.text.find("already holds a run") != std::string::npos, again.text);
+}
+
+TEST_CASE("the same seed gives the same numbers") {
+  const Scratch scratch;
+  std::vector<Json> runs;
+  for (const char* name : {"a", "b"}) {
+    REQUIRE(run(kTiny + "--configs lora --out " + (scratch / name)).code == 0);
+    runs.push_back(read_json(scratch / (std::string(name) + "/results.json"))["runs"][0]);
+  }
+  CHECK(runs[0]["val_loss"] == runs[1]["val_loss"]);
+  CHECK(runs[0]["train_loss"] == runs[1]["train_loss"]);
+}
+
+TEST_CASE("bad input is answered with what is wrong and the documented exit code, and leaves nothing behind") {
+  const Scratch scratch;
+  const std::string out = scratch / "out";
+  {
+    std::ofstream(scratch / "gzip.bin") << "\x1f\x8b\x08 and so on";
+    std::ofstream(scratch / "a_file") << "x";
+    weft::write_token_file(scratch / "short.bin", std::vector<int32_t>(10, 1), weft::TokenWidth::u16);
+    weft::write_token_file(scratch / "beyond.bin", std::vector<int32_t>(5000, 128), weft::TokenWidth::u16);
+  }
+  struct Case {
+    std::string arguments;
+    int code;
+    std::string says;
+  };
+  const std::vector<Case> cases = {
+      {"--stepz 3", 2, "--stepz"},
+      {"--preset huge", 2, "exp1, quick, tiny"},
+      {"--device gpu", 2, "auto, cpu or cuda"},
+      {"--set steps", 2, "key=value"},
+      {"--configs baseline,loraa", 3, "baseline, lora, enhanced"},
+      {"--configs baseline,baseline", 3, "differ"},
+      {"--set stepz=3", 3, "did you mean 'steps'"},
+      {"--set hiden_size=3", 3, "did you mean 'hidden_size'"},
+      {"--protocol loose", 3, "seed or strict"},
+      {"--optimizer sgd", 3, "muon or adamw"},
+      {"--precision fp8", 3, "fp32 or bf16"},
+      {"--steps 0", 3, "steps"},
+      {"--steps -5", 3, "steps"},
+      {"--steps 1e3", 3, "whole number"},
+      {"--steps 99999999999999999999", 3, "steps"},
+      {"--batch nan", 3, "whole number"},
+      {"--seeds 1,x", 3, "seeds"},
+      {"--set adamw_lr=nan", 3, "finite"},
+      {"--set adamw_lr=1e400", 3, "adamw_lr"},
+      {"--set muon_lr=-1", 3, "muon_lr"},
+      {"--set top_k=5", 3, "top_k must be at most experts (4), found 5"},
+      {"--set heads=5", 3, "multiple of heads"},
+      {"--set heads=32", 3, "even"},
+      {"--configs lora --set qk_rope_head_dim=7", 3, "qk_rope_head_dim must be even"},
+      {"--seq 64", 3, "max_seq_len"},
+      {"--set top_k=5 --set heads=5", 3, "top_k"},
+      {"--data " + (scratch / "missing.bin"), 5, "missing.bin"},
+      {"--data " + scratch.path.string(), 5, scratch.path.string()},
+      {"--data " + (scratch / "a_file"), 4, "a_file"},
+      {"--data " + (scratch / "gzip.bin"), 4, "gzip"},
+      {"--data " + (scratch / "short.bin"), 4, "short.bin"},
+      {"--data " + (scratch / "beyond.bin"), 4, "128"},
+      {"--memory-limit 0.000001", 6, "out of memory"},
+      {"--set adamw_lr=100 --set muon_lr=100 --set clip_norm=1e12 --steps 400 --set eval_every=400", 7, "no update was applied"},
+  };
+  for (const Case& c : cases) {
+    fs::remove_all(out);
+    const Answer answer = run(kTiny + c.arguments + " --out " + out);
+    CHECK_MESSAGE(answer.code == c.code, c.arguments << " exited with " << answer.code << ": " << answer.text);
+    CHECK_MESSAGE(answer.text.find(c.says) != std::string::npos, c.arguments << " does not say '" << c.says << "': " << answer.text);
+    if (c.code <= 5) CHECK_MESSAGE(!fs::exists(out), c.arguments << " left a folder");
+  }
+  CHECK(run(kTiny + "--out " + (scratch / "a_file")).code == 2);
+  CHECK(run(kTiny + "--out " + (scratch / "a_file/run")).code == 5);
+  const Answer both = run(kTiny + "--set top_k=5 --set heads=5 --dry-run");
+  CHECK_MESSAGE(both.text.find("multiple of heads") != std::string::npos, "all violations at once: " << both.text);
+}
+
+TEST_CASE("a stop signal ends the run with what is done written") {
+  const Scratch scratch;
+  const std::string out = scratch / "run";
+  const Answer answer = run(kTiny + "--steps 1000000 --set eval_every=1000000 --out " + out, "timeout -s INT 1 ");
+  CHECK_MESSAGE(answer.code == 124, answer.text);  // timeout's own code; it sent one SIGINT and waited
+  const Json results = read_json(out + "/results.json");
+  CHECK(results["status"] == "interrupted");
+  REQUIRE(results["runs"].size() == 1);
+  CHECK(results["runs"][0]["status"] == "interrupted");
+  CHECK(results["runs"][0]["micro_steps"].get<int64_t>() > 0);
+}
+
+TEST_CASE("counting, printing and planning train nothing") {
+  const Answer count = run("--count-params --preset exp1");
+  CHECK(count.code == 0);
+  for (const char* number : {"438906624", "427605504", "444821504"})
+    CHECK_MESSAGE(count.text.find(number) != std::string::npos, count.text);
+  const Answer print = run(kTiny + "--print-config --set dropout=0.25");
+  CHECK(Json::parse(print.text)["models"]["baseline"]["dropout"] == 0.25);
+  CHECK(run(kTiny + "--dry-run").text.find("windows") != std::string::npos);
+  CHECK(run("--help").code == 0);
+}
+
+TEST_SUITE("cuda") {
+  TEST_CASE("the tiny preset trains on the GPU as on the CPU") {
+    const Scratch scratch;
+    std::vector<Json> runs;
+    for (const char* device : {"cpu", "cuda"}) {
+      const Answer answer = run(std::string("--preset tiny --precision fp32 --device ") + device + " --out " + (scratch / device));
+      REQUIRE_MESSAGE(answer.code == 0, answer.text);
+      runs.push_back(read_json(scratch / (std::string(device) + "/results.json"))["runs"]);
+    }
+    for (size_t i = 0; i < runs[0].size(); ++i)
+      CHECK(runs[0][i]["val_loss"].get<double>() == doctest::Approx(runs[1][i]["val_loss"].get<double>()).epsilon(1e-3));
+  }
+  TEST_CASE("a GPU memory limit that is too small is an error that explains itself") {
+    const Scratch scratch;
+    const Answer answer = run("--preset tiny --device cuda --memory-limit 0.001 --out " + (scratch / "run"));
+    CHECK(answer.code == 6);
+    CHECK_MESSAGE(answer.text.find("out of memory on the GPU") != std::string::npos, answer.text);
+  }
+}
