@@ -207,7 +207,8 @@ size_t tile_bytes(const AttentionSize& a, int keys, int values, int squares) {
 template <class F>
 void with_width(const AttentionSize& a, F&& run) {
   const int width = a.key_width > a.value_width ? a.key_width : a.value_width;
-  check(width <= 256, "on a GPU a head of attention has up to 256 columns, found {} and {}", a.key_width, a.value_width);
+  check(width <= 256,
+        "on a GPU a head of attention has at most 256 columns, found {} and {}", a.key_width, a.value_width);
   width <= 64 ? run.template operator()<64>() : run.template operator()<256>();
 }
 
