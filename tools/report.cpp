@@ -1,4 +1,5 @@
-// report: compares the configurations of one or several run folders, writes report.md and prints it.
+// report: compares the configurations of one or several run folders, writes report.md, report.html, report.json, the
+// pictures and metrics.csv, and prints report.md.
 #include <CLI/CLI.hpp>
 #include <cstdio>
 
@@ -11,7 +12,7 @@ int main(int argc, char** argv) {
   std::string out;
   weft::ReportOptions options;
   app.add_option("RUN_DIR", folders, "run folders of train_exp1; several are set side by side")->required();
-  app.add_option("--out", out, "where to write report.md (default: the first run folder)");
+  app.add_option("--out", out, "where to write the report (default: the first run folder)");
   app.add_option("--difference", options.difference, "say how many seeds it takes to find this difference in loss (nats)")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

@@ -22,7 +22,7 @@ struct Table {
   std::vector<std::vector<std::string>> rows;
 };
 struct Figure {
-  std::string file;  // the SVG's name beside report.md
+  std::string file;  // the SVG's name beside report.md; empty: in the HTML page only
   std::string caption;
   std::string svg;
 };
@@ -32,6 +32,9 @@ using Document = std::vector<Block>;
 // Foreign text as inline code: no control characters, no marks of its own.
 std::string code(const std::string& foreign);
 
+std::string escape_html(const std::string& text);
+
 std::string to_markdown(const Document&);
+std::string to_html(const Document&, const std::string& title);
 
 }  // namespace weft

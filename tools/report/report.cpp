@@ -3,11 +3,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <set>
 
 #include "engine/check.h"
+#include "tools/report/chart.h"
 #include "tools/report/comparison.h"
 
 namespace weft {
@@ -218,7 +221,12 @@ std::string effect_shown(const std::optional<Effect>& e) {
 
 std::string optional_p(const std::optional<double>& p) { return p ? shown_p(*p) : "–"; }
 
-void add_comparisons(Document& out, const std::vector<Comparison>& losses, const ReportOptions& options) {
+void add_figure(Document& out, const std::string& file, const std::string& caption, const std::string& svg) {
+  if (!svg.empty()) out.push_back(Figure{file, caption, svg});
+}
+
+void add_comparisons(Document& out, const Results& r, const std::vector<Comparison>& losses, const ReportOptions& options,
+                     const std::string& prefix) {
   const auto shared = [](const Comparison& c) { return c.seeds.size(); };
   const size_t most = losses.empty() ? 0 : shared(*std::max_element(losses.begin(), losses.end(), [&](auto& a, auto& b) {
     return shared(a) < shared(b);
@@ -263,6 +271,19 @@ void add_comparisons(Document& out, const std::vector<Comparison>& losses, const
       "difference is the true one that this design finds four times in five, at the level that Holm asks of its first "
       "comparison.";
   out.push_back(Paragraph{text});
+  std::vector<Whisker> whiskers;
+  const std::string base = reference_config(r);
+  for (const Comparison& c : losses) {
+    const Summary& d = c.paired.difference;
+    if (d.n == 0 || (c.base != base && c.other != base)) continue;
+    const bool turned = c.other == base;
+    std::optional<Interval> range = d.interval;
+    if (range && turned) range = Interval{-range->high, -range->low};
+    whiskers.push_back({turned ? c.base : c.other, turned ? -d.mean : d.mean, range});
+  }
+  add_figure(out, prefix + "differences.svg",
+             fmt::format("Validation loss minus that of {}, paired by seed, with 95% confidence intervals (not corrected).", code(base)),
+             whisker_chart(whiskers, "validation loss minus " + base));
 }
 
 void add_costs(Document& out, const Results& r, const ReportOptions& options) {
@@ -306,7 +327,7 @@ Value category_mean(const Results& r, const std::string& config, const std::stri
   return values.empty() ? Value() : Value(summarise(values).mean);
 }
 
-void add_memory(Document& out, const Results& r) {
+void add_memory(Document& out, const Results& r, const std::string& prefix) {
   std::vector<std::string> categories;
   for (const Run& run : r.runs)
     for (const auto& entry : run.peak_by_category)
@@ -319,12 +340,15 @@ void add_memory(Document& out, const Results& r) {
   Table table{{"Experiment"}, {}};
   table.head.insert(table.head.end(), categories.begin(), categories.end());
   table.head.push_back("sum");
+  std::vector<Stack> stacks;
   for (const std::string& config : r.setup.configs) {
     std::vector<std::string> row{code(config)};
+    Stack& stack = stacks.emplace_back(Stack{config, {}});
     Value sum;
     for (const std::string& category : categories) {
       const Value gb = category_mean(r, config, category);
       if (gb) sum = sum.value_or(0) + *gb;
+      stack.parts.push_back(gb.value_or(0));
       row.push_back(gb ? fmt::format("{:.3f}", *gb) : "missing");
     }
     row.push_back(sum ? fmt::format("{:.3f}", *sum) : "missing");
@@ -332,10 +356,29 @@ void add_memory(Document& out, const Results& r) {
   }
   out.push_back(std::move(table));
   out.push_back(Paragraph{"What each category held at the moment of the peak, in 10⁹ bytes, mean over the complete seeds."});
+  add_figure(out, prefix + "memory.svg", "Memory at the peak, by category (GB).",
+             stack_chart(stacks, categories, "GB at the moment of the peak"));
 }
 
-void add_expert_load(Document& out, const Results& r) {
+std::vector<std::vector<double>> mean_load(const Results& r, const std::string& config) {
+  std::vector<std::vector<double>> sum;
+  double runs = 0;
+  for (const Run& run : r.runs) {
+    if (run.experiment != config || !run.complete || run.expert_load.empty()) continue;
+    if (sum.empty()) sum.assign(run.expert_load.size(), std::vector<double>(run.expert_load[0].size()));
+    if (sum.size() != run.expert_load.size() || sum[0].size() != run.expert_load[0].size()) continue;
+    for (size_t layer = 0; layer < sum.size(); ++layer)
+      for (size_t e = 0; e < sum[layer].size(); ++e) sum[layer][e] += run.expert_load[layer][e];
+    ++runs;
+  }
+  for (auto& layer : sum)
+    for (double& share : layer) share /= runs;
+  return sum;
+}
+
+void add_expert_load(Document& out, const Results& r, const std::string& prefix) {
   Table table{{"Experiment", "Layers", "Experts", "Even share", "Largest share (layer)", "Smallest share (layer)"}, {}};
+  std::vector<Grid> grids;
   for (const std::string& config : r.setup.configs) {
     double high = -1, low = 2;
     size_t high_layer = 0, low_layer = 0, layers = 0, experts = 0;
@@ -349,6 +392,7 @@ void add_expert_load(Document& out, const Results& r) {
           if (share < low) low = share, low_layer = layer;
         }
     }
+    if (layers) grids.push_back(Grid{config, mean_load(r, config)});
     if (layers)
       table.rows.push_back({code(config), std::to_string(layers), std::to_string(experts),
                             fmt::format("{:.1f}%", 100.0 / static_cast<double>(experts)),
@@ -358,6 +402,81 @@ void add_expert_load(Document& out, const Results& r) {
   out.push_back(Heading{3, "Expert load"});
   out.push_back(std::move(table));
   out.push_back(Paragraph{"The share of a layer's token-to-expert choices that went to one expert, extremes over layers and seeds."});
+  add_figure(out, prefix + "experts.svg", "Share of each expert in each layer, mean over seeds: the darker, the larger.",
+             grid_chart(grids, "layer", "expert"));
+}
+
+// The mean over the seeds of a configuration at every micro-step that all of them reached, lowest to highest as band.
+// Complete runs speak for the configuration; where none is complete, what there is.
+Series curve(const Results& r, const std::string& config, std::vector<Point> Curves::*kind, Value Point::*x, size_t most_points) {
+  std::vector<const std::vector<Point>*> seeds;
+  for (const bool complete : {true, false}) {
+    for (int64_t seed : r.setup.seeds) {
+      const auto found = r.curves.find({config, seed});
+      const Run* run = r.find(config, seed);
+      if (found != r.curves.end() && (run && run->complete) == complete && !(found->second.*kind).empty())
+        seeds.push_back(&(found->second.*kind));
+    }
+    if (!seeds.empty()) break;
+  }
+  struct Sample {
+    double x = 0, y = 0, low = 1e300, high = -1e300;
+    size_t n = 0;
+  };
+  std::map<int64_t, Sample> samples;
+  for (const auto* points : seeds)
+    for (const Point& p : *points) {
+      const Value at = x ? p.*x : Value(static_cast<double>(p.micro_step));
+      if (!at) continue;
+      Sample& s = samples[p.micro_step];
+      s.x += *at, s.y += *p.loss, s.low = std::min(s.low, *p.loss), s.high = std::max(s.high, *p.loss), ++s.n;
+    }
+  std::vector<ChartPoint> all;
+  for (const auto& [step, s] : samples)
+    if (s.n == seeds.size()) all.push_back({s.x / static_cast<double>(s.n), s.y / static_cast<double>(s.n), s.low, s.high});
+  std::sort(all.begin(), all.end(), [](const ChartPoint& a, const ChartPoint& b) { return a.x < b.x; });
+
+  Series series{config, {}};
+  const size_t together = (all.size() + most_points - 1) / most_points;
+  for (size_t i = 0; i < all.size(); i += together) {
+    const size_t end = std::min(all.size(), i + together);
+    ChartPoint mean{0, 0, all[i].low, all[i].high};
+    for (size_t k = i; k < end; ++k) {
+      mean.x += all[k].x / static_cast<double>(end - i), mean.y += all[k].y / static_cast<double>(end - i);
+      mean.low = std::min(mean.low, all[k].low), mean.high = std::max(mean.high, all[k].high);
+    }
+    series.points.push_back(mean);
+  }
+  return series;
+}
+
+void add_curves(Document& out, const Results& r, const std::string& prefix) {
+  struct Kind {
+    const char* name;
+    const char* file;
+    std::vector<Point> Curves::*points;
+  };
+  struct Ruler {
+    const char* name;
+    Value Point::*x;
+    int digits;
+  };
+  constexpr Kind kKinds[] = {{"validation loss", "val_loss.svg", &Curves::eval}, {"training loss", "train_loss.svg", &Curves::train}};
+  const Ruler rulers[] = {{"micro-step", nullptr, 0}, {"tokens", &Point::tokens, 0}, {"seconds", &Point::seconds, 1}};
+  Document figures;
+  for (const Ruler& ruler : rulers)
+    for (const Kind& kind : kKinds) {
+      std::vector<Series> series;
+      for (const std::string& config : r.setup.configs) series.push_back(curve(r, config, kind.points, ruler.x, 250));
+      // Markdown shows the curves by step; the HTML page all of them.
+      add_figure(figures, ruler.x ? "" : prefix + kind.file,
+                 fmt::format("{}{} by {}: mean over seeds, the band from the lowest to the highest seed.",
+                             static_cast<char>(std::toupper(kind.name[0])), kind.name + 1, ruler.name),
+                 line_chart(series, ruler.name, kind.name, ruler.digits));
+    }
+  if (figures.empty()) return;
+  out.push_back(Heading{3, "Loss curves"});
+  out.insert(out.end(), figures.begin(), figures.end());
 }
 
 struct Published {
@@ -416,7 +535,7 @@ void add_published(Document& out, const Results& r) {
   out.push_back(Bullets{std::move(notes)});
 }
 
-void add_folder(Document& out, const Results& r, const ReportOptions& options) {
+void add_folder(Document& out, const Results& r, const ReportOptions& options, const std::string& prefix) {
   out.push_back(Heading{3, "Set-up"});
   add_setup(out, r);
   add_gaps(out, r);
@@ -430,10 +549,11 @@ void add_folder(Document& out, const Results& r, const ReportOptions& options) {
   out.push_back(Heading{3, "Mean and standard deviation"});
   add_summaries(out, r);
   out.push_back(Heading{3, "Differences"});
-  add_comparisons(out, losses, options);
+  add_comparisons(out, r, losses, options, prefix);
+  add_curves(out, r, prefix);
   add_costs(out, r, options);
-  add_memory(out, r);
-  add_expert_load(out, r);
+  add_memory(out, r, prefix);
+  add_expert_load(out, r, prefix);
   add_published(out, r);
 }
 
@@ -491,6 +611,73 @@ void add_side_by_side(Document& out, std::span<const Results> folders) {
                           "set-ups above differ, so does what the losses measure."});
 }
 
+using Json = nlohmann::ordered_json;
+
+Json or_null(const std::optional<double>& value) { return value ? Json(*value) : Json(); }
+Json or_null(const std::optional<int64_t>& value) { return value ? Json(*value) : Json(); }
+Json or_null(const std::optional<Interval>& i) { return i ? Json{i->low, i->high} : Json(); }
+Json or_null(const std::optional<Effect>& e) {
+  return e ? Json{{"d", e->d}, {"hedges_g", or_null(e->g)}, {"d_interval_95", or_null(e->interval)}} : Json();
+}
+
+Json summary_json(const Summary& s) {
+  return {{"n", s.n}, {"mean", s.n ? Json(s.mean) : Json()}, {"sd", or_null(s.sd)}, {"interval_95", or_null(s.interval)}};
+}
+
+Json folder_json(const Results& r, const ReportOptions& options) {
+  const Measure* const measures[] = {&kValLoss,    &kValPerplexity, &kValAccuracy, &kTrainLoss,        &kTime,  &kPeakMemory,
+                                     &kParameters, &kStepTime,      &kThroughput,  &kActiveParameters, &kFlops, &kKvCache};
+  Json folder{{"folder", r.folder.string()}, {"status", r.status}, {"complete_runs", complete_runs(r)}, {"wanted_runs", wanted_runs(r)},
+              {"windows_overlap", r.setup.windows_overlap}, {"configs", r.setup.configs}, {"seeds", r.setup.seeds}};
+  for (const Measure* m : measures) {
+    Json& measure = folder["measures"][m->key];
+    for (const std::string& config : r.setup.configs) {
+      measure["summaries"][config] = summary_json(summary_of(r, config, *m));
+      Json& values = measure["values"][config] = Json::object();
+      for (int64_t seed : r.setup.seeds)
+        if (const Run* run = r.find(config, seed); run && run->complete) values[std::to_string(seed)] = or_null(run->*m->value);
+    }
+    measure["comparisons"] = Json::array();
+    for (const Comparison& c : compare(r, *m, options.difference)) {
+      const Paired& p = c.paired;
+      measure["comparisons"].push_back(
+          {{"base", c.base}, {"other", c.other}, {"seeds", c.seeds}, {"difference", summary_json(p.difference)}, {"t", or_null(p.t)},
+           {"p", or_null(p.p)}, {"p_holm", or_null(c.p_holm)}, {"p_permutation", or_null(p.permutation)}, {"p_sign", or_null(p.sign)},
+           {"cohens_d_paired", or_null(p.paired)}, {"cohens_d_pooled", or_null(p.pooled)}, {"detectable", or_null(c.detectable)},
+           {"seeds_needed", or_null(c.seeds_needed)}, {"verdict", verdict_sentence(c, *m)}});
+    }
+  }
+  return folder;
+}
+
+std::string make_json(std::span<const Results> folders, const ReportOptions& options) {
+  Json report{{"schema", "weft-report-1"}, {"level", kLevel}, {"folders", Json::array()}};
+  for (const Results& r : folders) report["folders"].push_back(folder_json(r, options));
+  return report.dump(1) + "\n";
+}
+
+std::string csv_cell(const std::string& text) {
+  if (text.find_first_of(",\"\r\n") == std::string::npos) return text;
+  std::string out = "\"";
+  for (char c : text) {
+    if (c == '"') out += '"';
+    out += c;
+  }
+  return out + "\"";
+}
+
+std::string make_csv(std::span<const Results> folders) {
+  std::string out = "folder,experiment_name,seed,kind,micro_step,tokens,seconds,loss\n";
+  const auto cell = [](const Value& v) { return v ? fmt::format("{}", *v) : std::string(); };
+  for (const Results& r : folders)
+    for (const auto& [run, curves] : r.curves)
+      for (const auto& [kind, points] : {std::pair{"train", &curves.train}, std::pair{"eval", &curves.eval}})
+        for (const Point& p : *points)
+          out += fmt::format("{},{},{},{},{},{},{},{}\n", csv_cell(r.folder.string()), csv_cell(run.first), run.second, kind, p.micro_step,
+                             cell(p.tokens), cell(p.seconds), cell(p.loss));
+  return out;
+}
+
 struct Output {
   std::string name, content;
 };
@@ -499,6 +686,9 @@ void write_all(const std::filesystem::path& out, const std::vector<Output>& file
   std::error_code error;
   std::filesystem::create_directories(out, error);
   if (error) fail(Fault::io, "{}: cannot be created: {}", out.string(), error.message());
+  for (const Output& file : files)
+    if (std::filesystem::is_directory(out / file.name, error))
+      fail(Fault::io, "{}: cannot be written: it is a folder", (out / file.name).string());
   std::vector<std::filesystem::path> waiting;
   const auto clean = [&] {
     for (const auto& path : waiting) std::filesystem::remove(path, error);
@@ -532,14 +722,22 @@ Document make_report(std::span<const Results> folders, const ReportOptions& opti
   for (size_t i = 0; i < folders.size(); ++i) {
     out.push_back(Heading{2, folders.size() > 1 ? fmt::format("{}: {}", i + 1, code(label(folders[i])))
                                                 : fmt::format("Run {}", code(label(folders[i])))});
-    add_folder(out, folders[i], options);
+    add_folder(out, folders[i], options, folders.size() > 1 ? fmt::format("report_{}_", i + 1) : "report_");
   }
   return out;
 }
 
 std::string write_report(std::span<const Results> folders, const std::filesystem::path& out, const ReportOptions& options) {
-  std::string markdown = to_markdown(make_report(folders, options));
-  write_all(out, {{"report.md", markdown}});
+  const Document document = make_report(folders, options);
+  std::string markdown = to_markdown(document);
+  std::vector<Output> files{{"report.html", to_html(document, "Attention configurations compared")},
+                            {"report.json", make_json(folders, options)},
+                            {"metrics.csv", make_csv(folders)}};
+  for (const Block& block : document)
+    if (const Figure* figure = std::get_if<Figure>(&block); figure && !figure->file.empty())
+      files.push_back({figure->file, standalone_svg(figure->svg)});
+  files.push_back({"report.md", markdown});
+  write_all(out, files);
   return markdown;
 }
 

@@ -15,7 +15,8 @@ struct ReportOptions {
 
 Document make_report(std::span<const Results> folders, const ReportOptions& options = {});
 
-// Renders everything, then puts each file in place by a rename. Returns the text of report.md.
+// Renders report.md, its pictures, report.html, report.json and metrics.csv, then puts each in place by a rename; report.md
+// is the last. Returns its text.
 std::string write_report(std::span<const Results> folders, const std::filesystem::path& out,
                          const ReportOptions& options = {});
 
