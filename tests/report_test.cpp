@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <cstring>
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
@@ -253,6 +254,7 @@ TEST_CASE("bad input is refused with file and field") {
       {"no name", [](json& j) { j["runs"][2].erase("experiment_name"); }, "runs[2].experiment_name: expected a value"},
       {"a run twice", [](json& j) { j["runs"].push_back(j["runs"][0]); }, "runs[9]: expected each configuration and seed once"},
       {"category as text", [](json& j) { j["runs"][0]["peak_memory_by_category_gb"]["data"] = true; }, "runs[0].peak_memory_by_category_gb.data: expected a number, found true"},
+      {"absurd loss", [](json& j) { j["runs"][0]["val_loss"] = 1e300; }, "runs[0].val_loss: expected a number of at most 1e30"},
       {"ragged experts", [](json& j) { j["runs"][0]["expert_load"] = {{0.5, 0.5}, {1.0}}; }, "runs[0].expert_load: expected as many experts"},
   };
   for (const Case& c : cases) {
@@ -315,6 +317,58 @@ TEST_CASE("metrics.jsonl: a torn end is passed over, a broken middle is not, the
     const Folder folder(good, line(1, "\"x\"") + line(2, "4"));
     CHECK(says(error_of([&] { read_results(folder.path); }).what(), "metrics.jsonl:1: loss: expected a number"));
   }
+}
+
+TEST_CASE("HTML stands alone: nothing fetched, names escaped, hover values readable") {
+  json results = good_results();
+  for (json& run : results["runs"])
+    if (run["experiment_name"] == "lora") run["experiment_name"] = "<b>&\"lora";
+  results["setup"]["configs"][1] = "<b>&\"lora";
+  std::string metrics = read(kFixtures / "three_seeds/metrics.jsonl");
+  const std::string renamed = "\"<b>&\\\"lora\"";
+  for (size_t at = 0; (at = metrics.find("\"lora\"", at)) != std::string::npos; at += renamed.size())
+    metrics.replace(at, 6, renamed);
+  const Folder folder(results.dump(), metrics);
+  const Results r[] = {read_results(folder.path)};
+  const std::string html = to_html(make_report(r), "Title & more");
+  CHECK(says(html, "<title>Title &amp; more</title>"));
+  CHECK(says(html, "<code>&lt;b&gt;&amp;&quot;lora</code>"));
+  CHECK_FALSE(says(html, "<b>"));
+  CHECK(says(html, "<strong>higher validation loss</strong>"));
+  for (const char* outside : {"src=", "href=", "@import", "url(", "fetch"}) CHECK_FALSE(says(html, outside));
+  CHECK(says(html, R"(lines.join('\n'))"));
+
+  size_t charts = 0;
+  for (size_t at = 0; (at = html.find("data-hover=\"", at)) != std::string::npos; ++charts) {
+    at += 12;
+    std::string text = html.substr(at, html.find('"', at) - at);
+    const std::pair<const char*, const char*> marks[] = {{"&lt;", "<"}, {"&gt;", ">"}, {"&quot;", "\""}, {"&amp;", "&"}};
+    for (const auto& [mark, meant] : marks)
+      for (size_t k = 0; (k = text.find(mark, k)) != std::string::npos; ++k) text.replace(k, std::strlen(mark), meant);
+    const json values = json::parse(text);
+    CHECK(values.size() >= 4);
+    CHECK(values[0][1].size() >= 2);
+  }
+  CHECK(charts == 6);
+}
+
+TEST_CASE("report.json and the pictures carry the same numbers") {
+  const Results one = read_results(kFixtures / "three_seeds");
+  const Results r[] = {one, one};
+  const Folder folder("{}");
+  write_report(r, folder.path);
+  const json report = json::parse(read(folder.path / "report.json"));
+  CHECK(report["schema"] == "weft-report-1");
+  const json& loss = report["folders"][1]["measures"]["val_loss"];
+  CHECK(loss["values"]["lora"]["43"] == 5.4614);
+  near(loss["summaries"]["baseline"]["mean"].get<double>(), 16.3475 / 3, "mean");
+  near(loss["comparisons"][0]["p"].get<double>(), 0.3486610527210926, "p");
+  CHECK(says(loss["comparisons"][0]["verdict"], "not distinguishable at 3 seeds"));
+  const std::string picture = read(folder.path / "report_2_differences.svg");
+  CHECK(says(picture, "lora: +0.0065 (95% CI -0.0166 to +0.0297)"));
+  CHECK(says(picture, "<style>"));
+  CHECK(fs::exists(folder.path / "report_1_val_loss.svg"));
+  CHECK(says(read(folder.path / "metrics.csv"), ",lora,43,eval,100,"));
 }
 
 TEST_CASE("writing: everything or nothing") {

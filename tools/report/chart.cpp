@@ -151,7 +151,7 @@ std::string whisker_chart(const std::vector<Whisker>& whiskers, const std::strin
   for (size_t i = 0; i < whiskers.size(); ++i) {
     const Whisker& w = whiskers[i];
     const double y = 36 + 44 * static_cast<double>(i);
-    const int colour = static_cast<int>(i + 1) % kColours;
+    const int colour = static_cast<int>(w.colour) % kColours;
     std::string text = fmt::format("{}: {:+.4f}", w.name, w.value);
     if (w.interval) {
       text += fmt::format(" (95% CI {:+.4f} to {:+.4f})", w.interval->low, w.interval->high);

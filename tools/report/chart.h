@@ -23,6 +23,7 @@ struct Whisker {
   std::string name;
   double value;
   std::optional<Interval> interval;
+  size_t colour;
 };
 std::string whisker_chart(const std::vector<Whisker>&, const std::string& x_label);
 

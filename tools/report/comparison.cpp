@@ -8,19 +8,19 @@
 
 namespace weft {
 
-const Measure kValLoss{"val_loss", "Val Loss", "validation loss", &Run::val_loss, 1, 4};
-const Measure kValPerplexity{"val_perplexity", "Val Perp", "validation perplexity", &Run::val_perplexity, 1, 2};
-const Measure kValAccuracy{"val_accuracy", "Val Acc", "validation accuracy", &Run::val_accuracy, 1, 4};
-const Measure kTrainLoss{"train_loss", "Train Loss", "training loss", &Run::train_loss, 1, 4};
-const Measure kTime{"training_time_minutes", "Time (min)", "training time", &Run::training_time_minutes, 1, 2};
-const Measure kPeakMemory{"peak_memory_gb", "Peak Mem (GB)", "peak memory", &Run::peak_memory_gb, 1, 2};
-const Measure kParameters{"parameter_count", "Params (M)", "number of parameters", &Run::parameter_count, 1e-6, 2};
-const Measure kStepTime{"step_ms_median", "Step (ms)", "median step time", &Run::step_ms_median, 1, 2};
-const Measure kThroughput{"tokens_per_second", "Tokens/s", "throughput", &Run::tokens_per_second, 1, 0};
-const Measure kActiveParameters{"active_parameter_count", "Active params (M)", "number of parameters active per token",
+const Measure kValLoss{"val_loss", "Val Loss", "validation loss", "", &Run::val_loss, 1, 4};
+const Measure kValPerplexity{"val_perplexity", "Val Perp", "validation perplexity", "", &Run::val_perplexity, 1, 2};
+const Measure kValAccuracy{"val_accuracy", "Val Acc", "validation accuracy", "", &Run::val_accuracy, 1, 4};
+const Measure kTrainLoss{"train_loss", "Train Loss", "training loss", "", &Run::train_loss, 1, 4};
+const Measure kTime{"training_time_minutes", "Time (min)", "training time", " min", &Run::training_time_minutes, 1, 2};
+const Measure kPeakMemory{"peak_memory_gb", "Peak Mem (GB)", "peak memory", " GB", &Run::peak_memory_gb, 1, 2};
+const Measure kParameters{"parameter_count", "Params (M)", "number of parameters", " M", &Run::parameter_count, 1e-6, 2};
+const Measure kStepTime{"step_ms_median", "Step (ms)", "median step time", " ms", &Run::step_ms_median, 1, 2};
+const Measure kThroughput{"tokens_per_second", "Tokens/s", "throughput", " tokens/s", &Run::tokens_per_second, 1, 0};
+const Measure kActiveParameters{"active_parameter_count", "Active params (M)", "number of parameters active per token", " M",
                                 &Run::active_parameter_count, 1e-6, 2};
-const Measure kFlops{"flops_per_token", "MFLOP per token", "work per token", &Run::flops_per_token, 1e-6, 1};
-const Measure kKvCache{"kv_cache_bytes_per_token", "K/V cache per token (bytes)", "key/value cache per token",
+const Measure kFlops{"flops_per_token", "MFLOP per token", "work per token", " MFLOP", &Run::flops_per_token, 1e-6, 1};
+const Measure kKvCache{"kv_cache_bytes_per_token", "K/V cache per token (bytes)", "key/value cache per token", " bytes",
                        &Run::kv_cache_bytes_per_token, 1, 0};
 
 namespace {
@@ -116,18 +116,19 @@ std::string shown_p(double p) { return p < 0.0001 ? "< 0.0001" : fmt::format("{:
 std::string verdict_sentence(const Comparison& c, const Measure& measure) {
   const std::string base = code(c.base), other = code(c.other);
   const Summary& difference = c.paired.difference;
-  const auto size = [&](double x) { return shown(measure, std::abs(x)); };
+  const auto size = [&](double x) { return shown(measure, std::abs(x)) + measure.unit; };
+  const auto change = [&](double x) { return shown(measure, x, Sign::always) + measure.unit; };
   switch (c.verdict) {
     case Verdict::one_seed:
       if (difference.n == 0) return fmt::format("{} and {} share no complete seed: they cannot be compared.", other, base);
       return fmt::format(
           "{} against {}: {} in {}, seen at one seed. Nothing can be concluded about significance from one seed.", other,
-          base, shown(measure, difference.mean, Sign::always), measure.noun);
+          base, change(difference.mean), measure.noun);
     case Verdict::same:
       return fmt::format("{} and {} have the same {} at each of {} seeds.", other, base, measure.noun, difference.n);
     case Verdict::constant:
       return fmt::format("{} differs from {} in {} by exactly {} at each of {} seeds; with no spread there is nothing to test.",
-                         other, base, measure.noun, shown(measure, difference.mean, Sign::always), difference.n);
+                         other, base, measure.noun, change(difference.mean), difference.n);
     case Verdict::higher:
     case Verdict::lower: {
       std::string sentence = fmt::format(
@@ -145,7 +146,7 @@ std::string verdict_sentence(const Comparison& c, const Measure& measure) {
       std::string sentence = fmt::format(
           "{} and {} are **not distinguishable at {} seeds** in {}: the mean difference is {} (95% CI {} to {}; "
           "Holm-adjusted p {}).",
-          other, base, difference.n, measure.noun, shown(measure, difference.mean, Sign::always),
+          other, base, difference.n, measure.noun, change(difference.mean),
           shown(measure, difference.interval->low, Sign::always),
           shown(measure, difference.interval->high, Sign::always), shown_p(*c.p_holm));
       if (c.detectable)

@@ -17,6 +17,7 @@ struct Measure {
   const char* key;
   const char* name;  // with its unit
   const char* noun;  // inside a sentence
+  const char* unit;  // after a value inside a sentence, with its space
   Value Run::*value;
   double scale;
   int digits;

@@ -74,8 +74,7 @@ for(const group of document.querySelectorAll('.hover')){
     const box=svg.getBoundingClientRect(),x=(event.clientX-box.left)*svg.viewBox.baseVal.width/box.width;
     const [at,lines]=values.reduce((a,b)=>Math.abs(b[0]-x)<Math.abs(a[0]-x)?b:a);
     cursor.setAttribute('x1',at);cursor.setAttribute('x2',at);cursor.style.display='';
-    tip.textContent=lines.join('
-');tip.style.display='block';
+    tip.textContent=lines.join('\n');tip.style.display='block';
     tip.style.left=Math.min(event.clientX+14,innerWidth-tip.offsetWidth-8)+'px';tip.style.top=event.clientY+14+'px';
   });
   svg.addEventListener('pointerleave',()=>{cursor.style.display='none';tip.style.display='none';});

@@ -123,7 +123,7 @@ std::string relative_sentence(const Results& r, const std::string& config, const
     const double percent = 100 * (b.mean / a.mean - 1);
     parts.push_back(std::abs(percent) < 0.05
                         ? fmt::format("{} the same", m->noun)
-                        : fmt::format("{} {:+.1f}% ({} against {})", m->noun, percent, shown(*m, b.mean), shown(*m, a.mean)));
+                        : fmt::format("{} {:+.1f}% ({} against {}{})", m->noun, percent, shown(*m, b.mean), shown(*m, a.mean), m->unit));
   }
   if (parts.empty()) return "";
   std::string sentence = fmt::format("{} relative to {}: ", code(config), code(base));
@@ -279,7 +279,9 @@ void add_comparisons(Document& out, const Results& r, const std::vector<Comparis
     const bool turned = c.other == base;
     std::optional<Interval> range = d.interval;
     if (range && turned) range = Interval{-range->high, -range->low};
-    whiskers.push_back({turned ? c.base : c.other, turned ? -d.mean : d.mean, range});
+    const std::string& config = turned ? c.base : c.other;
+    const auto place = std::find(r.setup.configs.begin(), r.setup.configs.end(), config) - r.setup.configs.begin();
+    whiskers.push_back({config, turned ? -d.mean : d.mean, range, static_cast<size_t>(place)});
   }
   add_figure(out, prefix + "differences.svg",
              fmt::format("Validation loss minus that of {}, paired by seed, with 95% confidence intervals (not corrected).", code(base)),
@@ -717,7 +719,10 @@ void write_all(const std::filesystem::path& out, const std::vector<Output>& file
 
 Document make_report(std::span<const Results> folders, const ReportOptions& options) {
   check(!folders.empty(), "a report needs a run folder, found none");
-  Document out{Heading{1, "Attention configurations compared"}};
+  Document out{Heading{1, "Attention configurations compared"},
+               Paragraph{"Mixture-of-Experts language models that differ in their attention alone were trained on the same text "
+                         "and are compared by their loss on validation text: the mean of −log of the probability given to each "
+                         "next token, in nats. Lower is better. The perplexity is e to that loss."}};
   if (folders.size() > 1) add_side_by_side(out, folders);
   for (size_t i = 0; i < folders.size(); ++i) {
     out.push_back(Heading{2, folders.size() > 1 ? fmt::format("{}: {}", i + 1, code(label(folders[i])))
