@@ -1,6 +1,6 @@
 #include "model/attention.h"
 
-#include <fmt/format.h>
+#include <algorithm>
 
 #include "model/latent_attention.h"
 #include "model/multi_head_attention.h"

@@ -144,7 +144,8 @@ std::vector<std::string> violations(const Config& c) {
     must(c.qk_rope_head_dim >= 2 && c.qk_rope_head_dim % 2 == 0,
          fmt::format("qk_rope_head_dim must be even and at least 2, found {}", c.qk_rope_head_dim));
   } else if (divides) {
-    must(c.head_dim() % 2 == 0, fmt::format("hidden_size / heads must be even for rotary embedding, found {}", c.head_dim()));
+    must(c.head_dim() % 2 == 0,
+         fmt::format("hidden_size / heads must be even for rotary embedding, found {}", c.head_dim()));
   }
 
   must(known_scaling(c.rope_scaling),
@@ -153,7 +154,8 @@ std::vector<std::string> violations(const Config& c) {
     must(c.rope_original_length > 0,
          fmt::format("rope_scaling {} needs rope_original_length of at least 1, found 0", c.rope_scaling));
   if (c.rope_scaling == "dynamic")
-    must((latent ? c.qk_rope_head_dim : divides ? c.head_dim() : 4) > 2, "rope_scaling dynamic needs a rotary size above 2");
+    must((latent ? c.qk_rope_head_dim : divides ? c.head_dim() : 4) > 2,
+         "rope_scaling dynamic needs a rotary size above 2");
   if (c.rope_scaling == "yarn") {
     must(c.rope_beta_slow > 0 && c.rope_beta_fast > c.rope_beta_slow,
          fmt::format("rope_beta_fast must be above rope_beta_slow, which must be above 0, found {} and {}",

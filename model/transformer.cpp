@@ -37,7 +37,8 @@ MoeOutput Block::operator()(const Tensor& x, const Mode& mode) const {
 }
 
 Transformer::Transformer(const Config& config, Scope scope)
-    : Transformer(validated(config), scope, Rope(rope_options(config), scope.counting() ? 1 : config.max_seq_len, scope.device())) {}
+    : Transformer(validated(config), scope,
+                  Rope(rope_options(config), scope.counting() ? 1 : config.max_seq_len, scope.device())) {}
 
 Transformer::Transformer(const Config& c, Scope s, const Rope& rope)
     : config(c),
@@ -97,8 +98,8 @@ double flops_per_token(const Config& config, int64_t length) {
   double weights = 0;
   for (const Parameter& p : params.list())
     if (p.kind != Kind::vector) weights += active_share(config, p) * p.shape.numel();
-  const double scores = static_cast<double>(config.layers) * attention_row(config.attention).score_width(config) * length / 2;
-  return 6 * (weights + scores);
+  const int64_t width = config.layers * attention_row(config.attention).score_width(config);
+  return 6 * (weights + static_cast<double>(width) * length / 2);
 }
 
 int64_t kv_cache_bytes_per_token(const Config& config, int64_t bytes_per_value) {

@@ -9,11 +9,13 @@
 namespace weft {
 namespace {
 
-Tensor read_tensor(const std::string& where, const nlohmann::json& entry, const std::vector<char>& file, uint64_t data) {
+Tensor read_tensor(const std::string& where, const nlohmann::json& entry, const std::vector<char>& file,
+                   uint64_t data) {
   const std::string type = entry.at("dtype").get<std::string>();
   if (type != "F32" && type != "I32") fail(Fault::data, "{}: dtype {}, where F32 or I32 is read", where, type);
   const auto shape_json = entry.at("shape").get<std::vector<int64_t>>();
-  if (shape_json.size() > Shape::kMaxRank) fail(Fault::data, "{}: {} axes, at most {} are read", where, shape_json.size(), Shape::kMaxRank);
+  if (shape_json.size() > Shape::kMaxRank)
+    fail(Fault::data, "{}: {} axes, at most {} are read", where, shape_json.size(), Shape::kMaxRank);
   Shape shape;
   int64_t bytes = 4;
   for (const int64_t d : shape_json) {
@@ -37,7 +39,8 @@ std::map<std::string, Tensor> read_safetensors(const std::string& path) {
   if (!in) fail(Fault::io, "{}: cannot be opened", path);
   const std::vector<char> file((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
   uint64_t header = 0;
-  if (file.size() < sizeof header) fail(Fault::data, "{}: {} bytes, a safetensors file has at least 8", path, file.size());
+  if (file.size() < sizeof header)
+    fail(Fault::data, "{}: {} bytes, a safetensors file has at least 8", path, file.size());
   std::memcpy(&header, file.data(), sizeof header);
   if (header > file.size() - sizeof header)
     fail(Fault::data, "{}: a header of {} bytes in a file of {}", path, header, file.size());

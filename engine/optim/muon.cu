@@ -1,5 +1,5 @@
 // m = m + (1-b)(g - m); u = g + b (m - g); X = u / (|u| + 1e-7); five times: A = X X^T, X = (aI + bA + cA^2) X;
-// w = w - lr sqrt(max(1, rows/cols)) X. Where rows exceed cols, A = X^T X and X = X (aI + bA + cA^2): the same, smaller.
+// w = w - lr sqrt(max(1, rows/cols)) X. Where rows exceed cols, A = X^T X and X = X (aI + bA + cA^2), which is less.
 #include "engine/optim/muon.h"
 
 #include <algorithm>
