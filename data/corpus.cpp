@@ -47,7 +47,8 @@ struct Corpus::Content {
 
 Corpus Corpus::open(const std::vector<std::string>& paths, int64_t vocab_size, int64_t max_tokens) {
   if (paths.empty()) fail(Fault::usage, "no token file given");
-  check(vocab_size > 0, "the vocabulary size must be positive, found {}", vocab_size);
+  check(vocab_size > 0 && vocab_size <= int64_t{1} << 31, "the vocabulary size must be 1 to 2^31, found {}",
+        vocab_size);
   check(max_tokens >= 0, "the number of tokens to use must not be negative, found {}", max_tokens);
   auto content = std::make_shared<Content>();
   content->vocab_size = vocab_size;

@@ -36,8 +36,10 @@ std::vector<bool> held_out(const Corpus& corpus) {
   const std::vector<int64_t>& starts = corpus.documents();
   const auto count = static_cast<int64_t>(starts.size());
   if (count < 2) {
-    fail(Fault::data, "{}: the strict protocol holds out whole documents, so it needs at least 2, found {} "
-         "(a document starts at token id {})", corpus.description(), count, kDocumentToken);
+    fail(Fault::data,
+         "{}: the strict protocol holds out whole documents, so it needs at least 2, found {} "
+         "(a document starts at token id {})",
+         corpus.description(), count, kDocumentToken);
   }
   const auto length = [&](int64_t d) { return (d + 1 < count ? starts[d + 1] : corpus.size()) - starts[d]; };
   const int64_t wanted = std::max<int64_t>(1, corpus.size() / 10);

@@ -85,8 +85,8 @@ class Loader {
   uint64_t seed_;
 };
 
-// Makes batches first, first + 1, ... on a thread of its own, at most `depth` ahead. What `make` throws comes out of the
-// next() that asks for that batch, and of every later one. Destruction waits only for the batch in the making.
+// Makes batches first, first + 1, ... on a thread of its own, at most `depth` ahead. What `make` throws comes out of
+// the next() that asks for that batch, and of every later one. Destruction waits only for the batch in the making.
 class Prefetcher {
  public:
   Prefetcher(std::function<Batch(int64_t)> make, int64_t first, int64_t depth = 2);

@@ -281,7 +281,8 @@ SyntheticText generate_text(const SyntheticOptions& options) {
     if (id == kDocument) {
       start = t;
       source = -1;
-      topic = static_cast<int64_t>(random_below(topic_key, static_cast<uint64_t>(t), static_cast<uint64_t>(language.topics)));
+      topic = static_cast<int64_t>(
+          random_below(topic_key, static_cast<uint64_t>(t), static_cast<uint64_t>(language.topics)));
     }
   }
   text.entropy.tokens = measured;

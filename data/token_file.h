@@ -1,6 +1,6 @@
-// Token files in llm.c's format: a header of 256 little-endian int32 {magic, version, count, 0...}, then `count` tokens.
-// Magic 20240520, version 1 holds uint16 tokens; magic 20240801, version 7 holds uint32. Used by Corpus and by the
-// tools that write tokens.
+// Token files in llm.c's format: a header of 256 little-endian int32 {magic, version, count, 0...}, then `count`
+// tokens. Magic 20240520, version 1 holds uint16 tokens; magic 20240801, version 7 holds uint32. Used by Corpus and by
+// the tools that write tokens.
 #pragma once
 #include <cstdint>
 #include <span>

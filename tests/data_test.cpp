@@ -1,5 +1,5 @@
-// Token files and every way they can be bad, the corpus, the two protocols, the loader, the prefetcher and the synthetic
-// language.
+// Token files and every way they can be bad, the corpus, the two protocols, the loader, the prefetcher and the
+// synthetic language.
 #include <doctest/doctest.h>
 #include <unistd.h>
 
@@ -85,6 +85,74 @@ std::vector<int32_t> all_of(const Corpus& corpus) {
   return tokens;
 }
 
+// The exact reader of the synthetic language again, written for clarity: every hidden state, every id. Returns its mean
+// loss; checks that each prediction sums to 1.
+double dense_reader(const SyntheticOptions& o, const std::vector<int32_t>& text) {
+  const int64_t words = o.vocab_size - 2, topic_words = words / o.topics;
+  const double end = 1.0 / static_cast<double>(o.document_length - 32), stop = 1.0 / static_cast<double>(o.copy_length);
+  const auto zipf = [](int64_t r, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += 1 / (static_cast<double>(i) + 2.7);
+    return 1 / (static_cast<double>(r) + 2.7) / sum;
+  };
+  std::vector<std::vector<double>> word_p(static_cast<size_t>(o.topics));
+  for (int64_t k = 0; k < o.topics; ++k) {
+    for (int64_t w = 0; w < words; ++w) {
+      const bool own = w % o.topics == k && w / o.topics < topic_words;
+      word_p[k].push_back((1 - o.topic_share) * zipf(w, words) +
+                          (own ? o.topic_share * zipf(w / o.topics, topic_words) : 0));
+    }
+  }
+  using State = std::pair<int64_t, int64_t>;  // topic; next source position of a copy, or one of:
+  constexpr int64_t kPlain = -1, kMarked = -2;
+  std::map<State, double> belief;
+  size_t start = 0;
+  double loss = 0;
+  for (size_t t = 0; t < text.size(); ++t) {
+    if (t > 0) {
+      const int64_t position = static_cast<int64_t>(t - start);
+      const bool opening = position <= 32;
+      std::vector<std::map<State, double>> after(static_cast<size_t>(o.vocab_size));
+      for (const auto& [state, weight] : belief) {
+        const auto [k, mode] = state;
+        double plain = weight;
+        if (mode == kMarked) {
+          const int64_t first = std::max<int64_t>(1, position - 1 - o.reach), n = position - 1 - first;
+          for (int64_t s = first; s < position - 1; ++s) after[text[start + s]][{k, s + 1}] += weight / n;
+          continue;
+        }
+        if (mode >= 0) {
+          after[text[start + mode]][{k, mode + 1}] += weight * (1 - stop);
+          plain *= stop;
+        }
+        for (int64_t w = 0; w < words; ++w) {
+          after[w + 2][{k, kPlain}] += plain * word_p[k][w] * (opening ? 1 : 1 - end - o.copy_rate);
+        }
+        if (opening) continue;
+        after[0][{k, kPlain}] += plain * end;
+        after[1][{k, kMarked}] += plain * o.copy_rate;
+      }
+      double sum = 0, p = 0;
+      for (int64_t id = 0; id < o.vocab_size; ++id) {
+        for (const auto& [state, weight] : after[id]) {
+          sum += weight;
+          if (id == text[t]) p += weight;
+        }
+      }
+      REQUIRE(sum == doctest::Approx(1).epsilon(1e-9));
+      loss -= std::log(p);
+      belief.clear();
+      for (const auto& [state, weight] : after[text[t]]) belief[state] = weight / p;
+    }
+    if (text[t] == 0) {
+      start = t;
+      belief.clear();
+      for (int64_t k = 0; k < o.topics; ++k) belief[{k, kPlain}] = 1.0 / static_cast<double>(o.topics);
+    }
+  }
+  return loss / static_cast<double>(text.size());
+}
+
 Batch numbered_batch(int64_t i) { return {{static_cast<int32_t>(i)}, {static_cast<int32_t>(i + 1)}, 1, 1}; }
 
 }  // namespace
@@ -115,7 +183,11 @@ TEST_CASE("writing refuses ids that do not fit and leaves nothing half written")
   const Folder folder;
   const std::string path = folder / "tokens.bin";
   const auto write = [&](std::vector<int32_t> tokens, TokenWidth width) { write_token_file(path, tokens, width); };
-  check_mentions(error_of(Fault::data, [&] { write({1, 65536}, TokenWidth::u16); }), {"tokens.bin", "token 1", "65536"});
+  check_mentions(error_of(Fault::data,
+                          [&] {
+                            write({1, 65536}, TokenWidth::u16);
+                          }),
+                 {"tokens.bin", "token 1", "65536"});
   error_of(Fault::data, [&] { write({-1}, TokenWidth::u32); });
   error_of(Fault::data, [&] { write({}, TokenWidth::u32); });
   CHECK(fs::is_empty(folder.path));
@@ -197,7 +269,8 @@ TEST_CASE("ids beyond the vocabulary are found before training, in the part that
   write_token_file(folder / "a.bin", counting(50), TokenWidth::u16);
   write_token_file(folder / "b.bin", tokens, TokenWidth::u16);
   const std::vector<std::string> paths{folder / "a.bin", folder / "b.bin"};
-  check_mentions(error_of(Fault::data, [&] { Corpus::open(paths, 100); }), {"b.bin", "token 69998", "id 100", "size 100"});
+  check_mentions(error_of(Fault::data, [&] { Corpus::open(paths, 100); }),
+                 {"b.bin", "token 69998", "id 100", "size 100"});
   CHECK(Corpus::open(paths, 101).size() == 70'050);
   CHECK(Corpus::open(paths, 100, 70'048).size() == 70'048);
   error_of(Fault::data, [&] { Corpus::open(paths, 100, 70'049); });
@@ -272,7 +345,8 @@ TEST_CASE("the seed protocol: every window with stride 1, nine tenths for traini
     for (int64_t b = 0; b < 3; ++b) validation.insert(batch.tokens[b * 16]);
   }
   CHECK(train.size() == 886);
-  for (const auto& [window, times] : train) CHECK_MESSAGE(times == 3, "window " << window << " came " << times << " times");
+  for (const auto& [window, times] : train)
+    CHECK_MESSAGE(times == 3, "window " << window << " came " << times << " times");
   CHECK(validation.size() == 96);
   for (const int32_t window : validation) CHECK(!train.contains(window));
   CHECK(token_limit(Protocol::seed) == 2'000'000);
@@ -335,6 +409,7 @@ TEST_CASE("a batch is a pure function of seed and step, and targets are the toke
   CHECK(other.train(5).tokens != fifth.tokens);
   CHECK(other.validation(1).tokens == loader.validation(1).tokens);
   CHECK(loader.train(6).tokens != fifth.tokens);
+  CHECK(loader.train(5 + loader.split().train.count).tokens != fifth.tokens);  // four epochs later, in another order
   REQUIRE(fifth.tokens.size() == 4 * 32);
   for (int64_t b = 0; b < 4; ++b) {
     for (int64_t t = 0; t + 1 < 32; ++t) CHECK(fifth.targets[b * 32 + t] == fifth.tokens[b * 32 + t + 1]);
@@ -401,6 +476,20 @@ TEST_CASE("the synthetic corpus depends on its options alone and starts document
   error_of(Fault::config, [] { Corpus::synthetic({.copy_rate = std::nan("")}); });
 }
 
+TEST_CASE("the synthetic corpus's upper bound is the exact reader's loss") {
+  const SyntheticOptions options{.vocab_size = 20,
+                                 .tokens = 3000,
+                                 .seed = 5,
+                                 .topics = 3,
+                                 .document_length = 100,
+                                 .copy_rate = 0.1,
+                                 .copy_length = 6,
+                                 .reach = 20};
+  const Corpus corpus = Corpus::synthetic(options);
+  REQUIRE(corpus.documents().size() > 5);
+  CHECK(corpus.entropy().upper == doctest::Approx(dense_reader(options, all_of(corpus))).epsilon(1e-9));
+}
+
 // Predictors that know less than the exact reader must lose more, and the entropy must lie where theory puts it.
 TEST_CASE("the synthetic corpus's entropy bounds hold") {
   const SyntheticOptions options{.vocab_size = 256, .tokens = 400'000, .seed = 1, .topics = 4};
@@ -426,8 +515,8 @@ TEST_CASE("the synthetic corpus's entropy bounds hold") {
     copying -= std::log((seen >= 0 ? 0.6 : 1) * count[text[t]] / 400'000 + hit) / 400'000;
     seen = static_cast<int32_t>(t);
   }
-  MESSAGE("lower " << entropy.lower << ", upper " << entropy.upper << " +- " << entropy.error << ", copy model " << copying
-                   << ", word frequencies " << unigram);
+  MESSAGE("lower " << entropy.lower << ", upper " << entropy.upper << " +- " << entropy.error << ", copy model "
+                   << copying << ", word frequencies " << unigram);
   CHECK(copying > entropy.upper);
   CHECK(unigram > copying);
   CHECK(unigram > entropy.upper + 0.5);
