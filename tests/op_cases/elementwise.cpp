@@ -1,12 +1,118 @@
-// Element by element, shape, reductions, products, and what works in place.
+// Element by element, shape, reductions and products. References are plain loops in double.
+#include <cmath>
+
 #include "tests/op_cases.h"
 
 namespace weft {
+namespace {
+
+template <class F>
+Tensor made(const Shape& shape, const F& f) {
+  std::vector<float> values(static_cast<size_t>(shape.numel()));
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(f(static_cast<int64_t>(i)));
+  return Tensor::from(values, shape, Device::cpu);
+}
+
+// c[m, n] = sum_k a b + bias, from the operands' strides.
+Tensor matmul_loops(const Tensor& a, const Tensor& b, Transpose t, const Tensor& bias) {
+  const float *x = a.data<float>(), *w = b.data<float>(), *c = bias.data<float>();
+  const int64_t k = t == Transpose::a ? a.size(0) : a.size(-1), n = b.size(t == Transpose::b ? 0 : 1);
+  const int64_t m = a.numel() / k;
+  Shape shape = t == Transpose::a ? Shape{m, n} : a.shape();
+  shape.set(-1, n);
+  return made(shape, [=](int64_t i) {
+    double sum = c ? c[i % n] : 0.0;
+    for (int64_t j = 0; j < k; ++j)
+      sum += double(x[t == Transpose::a ? j * m + i / n : i / n * k + j]) * w[t == Transpose::b ? i % n * k + j : j * n + i % n];
+    return sum;
+  });
+}
+
+void add_matmul_case(std::vector<OpCase>& cases, const char* name, Transpose t, std::vector<Inputs> sizes, Inputs large) {
+  const auto bias = [](auto& x) { return x.size() > 2 ? x[2] : Tensor{}; };
+  cases.push_back({.name = name, .sizes = std::move(sizes),
+                   .run = [=](auto& x) { return matmul(x[0], x[1], t, bias(x)); },
+                   .reference = [=](auto& x) { return matmul_loops(x[0], x[1], t, bias(x)); },
+                   .reduction = 300, .large = std::move(large), .flops = 2.0 * 8192 * 768 * 2304});
+}
+
+}  // namespace
 
 void add_elementwise_cases(std::vector<OpCase>& cases) {
   const Shape small{3, 37}, odd{5, 129, 3}, big{64, 1024, 1024};
   cases.push_back({.name = "silu", .sizes = {{{small}}, {{odd}}}, .run = [](auto& x) { return silu(x[0]); },
+                   .reference = [](auto& x) {
+                     const float* v = x[0].template data<float>();
+                     return made(x[0].shape(), [=](int64_t i) { return v[i] / (1 + std::exp(-double(v[i]))); });
+                   },
                    .large = {{big}}});
+  cases.push_back({.name = "add", .sizes = {{{small}, {small}}, {{odd}, {odd}}},
+                   .run = [](auto& x) { return add(x[0], x[1]); },
+                   .reference = [](auto& x) {
+                     const float *a = x[0].template data<float>(), *b = x[1].template data<float>();
+                     return made(x[0].shape(), [=](int64_t i) { return double(a[i]) + b[i]; });
+                   },
+                   .large = {{big}, {big}}});
+  // Both inputs are one tensor: its gradient gets dy twice.
+  cases.push_back({.name = "add_to_itself", .sizes = {{{small}}}, .run = [](auto& x) { return add(x[0], x[0]); },
+                   .reference = [](auto& x) { return scale(x[0], 2); }});
+  cases.push_back({.name = "mul", .sizes = {{{small}, {small}}, {{odd}, {odd}}},
+                   .run = [](auto& x) { return mul(x[0], x[1]); },
+                   .reference = [](auto& x) {
+                     const float *a = x[0].template data<float>(), *b = x[1].template data<float>();
+                     return made(x[0].shape(), [=](int64_t i) { return double(a[i]) * b[i]; });
+                   },
+                   .large = {{big}, {big}}});
+  cases.push_back({.name = "scale", .sizes = {{{small}}, {{odd}}}, .run = [](auto& x) { return scale(x[0], -1.7); },
+                   .reference = [](auto& x) {
+                     const float* v = x[0].template data<float>();
+                     return made(x[0].shape(), [=](int64_t i) { return -1.7 * v[i]; });
+                   },
+                   .large = {{big}}});
+  cases.push_back({.name = "cast", .sizes = {{{small}}, {{odd}}},
+                   .run = [](auto& x) { return cast(x[0], x[0].dtype() == DType::f64 ? DType::f64 : DType::f32); },
+                   .reference = [](auto& x) { return x[0]; }, .large = {{big}}});
+  cases.push_back({.name = "reshape", .sizes = {{{small}}}, .run = [](auto& x) { return reshape(x[0], {37, 3}); },
+                   .reference = [](auto& x) {
+                     const float* v = x[0].template data<float>();
+                     return made({37, 3}, [=](int64_t i) { return v[i]; });
+                   }});
+  cases.push_back({.name = "slice_last", .sizes = {{{small}}, {{{6, 64}}}},
+                   .run = [](auto& x) { return slice_last(x[0], 8, 24); },
+                   .reference = [](auto& x) {
+                     const float* v = x[0].template data<float>();
+                     const int64_t d = x[0].size(-1);
+                     return made({x[0].size(0), 16}, [=](int64_t i) { return v[i / 16 * d + 8 + i % 16]; });
+                   }});
+  cases.push_back({.name = "concat_last", .sizes = {{{{2, 3, 4, 5}}, {{2, 3, 4, 3}}}, {{{2, 3, 4, 8}}, {{2, 3, 1, 16}}}},
+                   .run = [](auto& x) { return concat_last(x[0], x[1]); },
+                   .reference = [](auto& x) {
+                     const float *a = x[0].template data<float>(), *b = x[1].template data<float>();
+                     const int64_t da = x[0].size(-1), db = x[1].size(-1), d = da + db, heads = x[0].size(2), shared = x[1].size(2) == 1;
+                     return made({2, 3, heads, d}, [=](int64_t i) {
+                       const int64_t row = i / d, column = i % d;
+                       return column < da ? a[row * da + column] : b[(shared ? row / heads : row) * db + column - da];
+                     });
+                   },
+                   .reduction = 4});
+  for (const bool mean_of : {false, true})
+    cases.push_back({.name = mean_of ? "mean" : "sum", .sizes = {{{small}}, {{odd}}, {{{70, 1001}}}},
+                     .run = [=](auto& x) { return mean_of ? mean(x[0]) : sum(x[0]); },
+                     .reference = [=](auto& x) {
+                       const float* v = x[0].template data<float>();
+                       return made({}, [=, n = x[0].numel()](int64_t) {
+                         double total = 0;
+                         for (int64_t i = 0; i < n; ++i) total += v[i];
+                         return mean_of ? total / static_cast<double>(n) : total;
+                       });
+                     },
+                     .reduction = 70070, .large = {{big}}});
+  add_matmul_case(cases, "matmul", Transpose::none, {{{{3, 5}}, {{5, 7}}}, {{{2, 70, 40}}, {{40, 72}}, {{72}}}, {{{1, 300}}, {{300, 1}}}},
+                  {{{8192, 768}}, {{768, 2304}}});
+  add_matmul_case(cases, "matmul_linear", Transpose::b, {{{{3, 5}}, {{7, 5}}, {{7}}}, {{{2, 70, 40}}, {{72, 40}}}, {{{5, 8}}, {{16, 8}}, {{16}}}},
+                  {{{8192, 768}}, {{2304, 768}}});
+  add_matmul_case(cases, "matmul_transposed", Transpose::a, {{{{5, 3}}, {{5, 7}}}, {{{264, 40}}, {{264, 72}}, {{72}}}},
+                  {{{768, 8192}}, {{768, 2304}}});
 }
 
 }  // namespace weft
