@@ -215,6 +215,13 @@ TEST_CASE("optional keys may be absent, and foreign names are shown as text") {
   CHECK(says(text, "Not recorded."));
 }
 
+TEST_CASE("the figures of a tiny model do not vanish") {
+  json results = good_results();
+  for (json& run : results["runs"]) run["peak_memory_gb"] = 0.00123456;
+  const std::string text = report_of(results);
+  CHECK(says(text, "| `lora` | Peak Mem (GB) | 3 | 0.00123 | 0.000 |"));
+}
+
 TEST_CASE("several folders stand side by side, matched by configuration") {
   json other = good_results();
   other["setup"]["optimizer"] = "adamw";

@@ -186,9 +186,9 @@ std::string stack_chart(const std::vector<Stack>& stacks, const std::vector<std:
       sum += part;
       if (part <= 0) continue;
       svg += fmt::format("<rect class=\"fill part c{}\" x=\"{:.1f}\" y=\"{:.1f}\" width=\"{:.1f}\" height=\"28\"><title>{}</title></rect>\n",
-                         k % kColours, from, y, width, escape_html(fmt::format("{}, {}: {:.3f} GB", stacks[i].name, parts[k], part)));
+                         k % kColours, from, y, width, escape_html(fmt::format("{}, {}: {:.3g} GB", stacks[i].name, parts[k], part)));
     }
-    svg += label(x(sum) + 6, y + 18, "start", fmt::format("{:.2f}", sum));
+    svg += label(x(sum) + 6, y + 18, "start", fmt::format("{:.4g}", sum));
   }
   return svg + "</svg>\n";
 }

@@ -102,9 +102,15 @@ std::string reference_config(const Results& results) {
   return baseline == configs.end() ? configs.front() : *baseline;
 }
 
+std::string shown(double x, int digits, Sign sign) {
+  // A small model's memory and time would vanish in the digits that suit the full one.
+  const bool vanishing = x != 0 && std::abs(x) < 10 * std::pow(10.0, -digits);
+  if (sign == Sign::always) return vanishing ? fmt::format("{:+.3g}", x) : fmt::format("{:+.{}f}", x, digits);
+  return vanishing ? fmt::format("{:.3g}", x) : fmt::format("{:.{}f}", x, digits);
+}
+
 std::string shown(const Measure& measure, double value, Sign sign) {
-  const double x = value * measure.scale;
-  return sign == Sign::always ? fmt::format("{:+.{}f}", x, measure.digits) : fmt::format("{:.{}f}", x, measure.digits);
+  return shown(value * measure.scale, measure.digits, sign);
 }
 
 std::string shown(const Measure& measure, const Value& value, Sign sign) {

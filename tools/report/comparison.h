@@ -61,6 +61,7 @@ std::string verdict_sentence(const Comparison&, const Measure&);
 
 // A value as the measure shows it; `signed_` numbers bear a plus.
 enum class Sign { as_is, always };
+std::string shown(double x, int digits, Sign = Sign::as_is);
 std::string shown(const Measure&, double value, Sign = Sign::as_is);
 std::string shown(const Measure&, const Value& value, Sign = Sign::as_is);  // "missing" when empty
 std::string shown_p(double p);

@@ -207,7 +207,7 @@ void add_summaries(Document& out, const Results& r) {
     for (const std::string& config : r.setup.configs) {
       const Summary s = summary_of(r, config, *m);
       table.rows.push_back({code(config), m->name, std::to_string(s.n), mean_of(*m, s),
-                            s.sd ? fmt::format("{:.{}f}", *s.sd * m->scale, m->digits + 1) : "–", interval(*m, s.interval)});
+                            s.sd ? shown(*s.sd * m->scale, m->digits + 1) : "–", interval(*m, s.interval)});
     }
   out.push_back(std::move(table));
 }
@@ -351,9 +351,9 @@ void add_memory(Document& out, const Results& r, const std::string& prefix) {
       const Value gb = category_mean(r, config, category);
       if (gb) sum = sum.value_or(0) + *gb;
       stack.parts.push_back(gb.value_or(0));
-      row.push_back(gb ? fmt::format("{:.3f}", *gb) : "missing");
+      row.push_back(gb ? shown(*gb, 3) : "missing");
     }
-    row.push_back(sum ? fmt::format("{:.3f}", *sum) : "missing");
+    row.push_back(sum ? shown(*sum, 3) : "missing");
     table.rows.push_back(std::move(row));
   }
   out.push_back(std::move(table));
@@ -604,7 +604,7 @@ void add_side_by_side(Document& out, std::span<const Results> folders) {
         const Summary s = summary_of(r, config, *m);
         row.push_back(!s.n    ? "missing"
                       : !s.sd ? fmt::format("{} (1 seed)", shown(*m, s.mean))
-                              : fmt::format("{} ± {:.{}f} ({} seeds)", shown(*m, s.mean), *s.sd * m->scale, m->digits, s.n));
+                              : fmt::format("{} ± {} ({} seeds)", shown(*m, s.mean), shown(*s.sd * m->scale, m->digits), s.n));
       }
       table.rows.push_back(std::move(row));
     }
