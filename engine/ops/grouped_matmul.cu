@@ -133,8 +133,8 @@ Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r) {
   const int64_t rows = s.tokens * s.chosen;
   check(x.rank() == 2 && x.size(0) == rows && w.rank() == 3 && w.size(0) == s.experts && w.size(2) == x.size(1) &&
             w.dtype() == x.dtype() && w.device() == x.device(),
-        "grouped_matmul needs x [{}, I] and w [{}, O, I] of one dtype on one device, found x {} of {}, w {} of {}", rows,
-        s.experts, x.shape().str(), name_of(x.dtype()), w.shape().str(), name_of(w.dtype()));
+        "grouped_matmul needs x [{}, I] and w [{}, O, I] of one dtype on one device, found x {} of {}, w {} of {}",
+        rows, s.experts, x.shape().str(), name_of(x.dtype()), w.shape().str(), name_of(w.dtype()));
   const int64_t outputs = w.size(1), inputs = w.size(2);
   check(inputs > 0 && outputs > 0 && std::max({rows, inputs, outputs}) < (int64_t{1} << 30),
         "grouped_matmul of x {} and w {}: sizes must be from 1 to 2^30", x.shape().str(), w.shape().str());

@@ -78,7 +78,7 @@ __device__ bool find_tile(const Grouped<T>& g, GroupedTile<T>& t) {
         t.k = kProduct == GroupedProduct::forward ? inputs : outputs;
         t.lda = t.k, t.ldb = inputs, t.ldc = width;
         t.a = g.a + row * t.k;
-        t.b = g.b + expert * outputs * inputs + (kProduct == GroupedProduct::forward ? int64_t{column} * inputs : column);
+        t.b = g.b + expert * outputs * inputs + column * (kProduct == GroupedProduct::forward ? t.ldb : 1);
         t.c = g.c + row * width + column;
         return true;
       }

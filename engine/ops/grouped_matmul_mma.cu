@@ -1,34 +1,41 @@
-// grouped_matmul of bf16 on the tensor cores: a block computes 128x256 of one expert's product, each of its 8 warps
-// 64x64, from tiles 64 deep that are copied to shared memory three ahead. One kernel serves the three products: an
-// operand whose stored rows run along the sums is read with the transposing load. Rows of an expert start anywhere;
-// what lies past its last row is filled with zeros.
+// grouped_matmul of bf16 on the tensor cores: a block of 8 warps computes 128x256 of one expert's product from tiles 64
+// deep that are copied to shared memory ahead. On sm_90a each half of the block is a warpgroup that multiplies 64x256
+// from shared memory; elsewhere each warp computes 64x64 with its own instructions. One kernel serves the three
+// products: an operand whose stored rows run along the sums is read transposed. Rows of an expert start anywhere; what
+// lies past its last row is filled with zeros.
 #if WEFT_CUDA
 #include "engine/cuda/stream.h"
 #include "engine/cuda/tensor_core.h"
+#include "engine/cuda/warpgroup.h"
 #include "engine/ops/grouped_matmul_kernels.h"
 
 namespace weft {
 namespace {
 
 constexpr int kTileM = 128, kTileN = 256, kDepth = 64, kStages = 4, kThreads = 256;
-constexpr int kWarpTile = 64, kWarpColumns = kTileN / kWarpTile;
 constexpr int kStageElements = (kTileM + kTileN) * kDepth;
 constexpr size_t kSharedBytes = kStages * kStageElements * sizeof(bf16);
-constexpr int kOutStride = kWarpTile + 8;  // of the finished tile of a warp: 16 bytes longer, so that banks differ
-static_assert(kSharedBytes >= kThreads / 32 * kWarpTile * kOutStride * sizeof(bf16));
+constexpr int kWarpRows = kHasWarpgroups ? 16 : 64, kWarpColumns = kHasWarpgroups ? 256 : 64;  // of C, a warp
+constexpr int kWarpsAcross = kTileN / kWarpColumns;
+constexpr int kOutStride = kWarpColumns + 8;  // of the finished tile of a warp: 16 bytes longer, so that banks differ
+static_assert(kSharedBytes >= kThreads / 32 * kWarpRows * kOutStride * sizeof(bf16));
+using Sums = float[kWarpRows / 16][kWarpColumns / 8][4];  // [16 rows, 8 columns] each, as multiply_add has them
 
-extern __shared__ uint4 shared_stages[];
+extern __shared__ __align__(1024) uint4 shared_stages[];
 
-// One operand's tile of shared memory: kSize along m or n, kDepth along the sums. Pieces of 16 bytes are permuted within
-// groups of 8 by the row's number, so that 8 rows of one column of pieces touch all banks once.
+// One operand's tile of shared memory: kSize along m or n, kDepth along the sums, in rows of 64 elements. Rows are
+// along m or n, or along the sums and then 64 of m or n wide, the next 64 after them. The row's number permutes its
+// pieces of 16 bytes, so that 8 rows of one column of pieces touch all banks once.
 template <int kSize, bool kRowsAreDepth>
 struct Operand {
   static constexpr int pieces = (kRowsAreDepth ? kSize : kDepth) / 8;  // of a stored row
   static constexpr int row_step = kThreads / pieces;                   // between the rows that a thread copies
   static constexpr int copies = kSize * kDepth / 8 / kThreads;
-  static_assert(row_step % 8 == 0);
+  static_assert(row_step % 8 == 0 && kDepth == 64);
 
-  __device__ static int position(int row, int piece) { return (row * pieces + (piece ^ (row % 8))) * 8; }
+  __device__ static int position(int row, int piece) {
+    return (piece / 8 * kDepth + row) * 64 + (piece % 8 ^ row % 8) * 8;
+  }
 
   // What this thread copies of each tile.
   const bf16* from;
@@ -42,13 +49,12 @@ struct Operand {
   }
   // Starts the copy of the tile at depth k of `depth` in all.
   __device__ void copy(bf16* tile, int k, int depth) const {
-    const bf16* source = from + (kRowsAreDepth ? k * stride : k);
+    const bf16 *const safe = from - row * stride - column, *const source = from + (kRowsAreDepth ? k * stride : k);
     const int rows = kRowsAreDepth ? depth - k : left, columns = kRowsAreDepth ? left : depth - k;
 #pragma unroll
     for (int i = 0; i < copies; ++i) {
       const bool inside = row + i * row_step < rows && column < columns;
-      copy_16_bytes(tile + to + i * row_step * pieces * 8, inside ? source + i * row_step * stride : from - row * stride - column,
-                    inside);
+      copy_16_bytes(tile + to + i * row_step * 64, inside ? source + i * row_step * stride : safe, inside);
     }
   }
 
@@ -69,6 +75,45 @@ struct Operand {
   }
 };
 
+// sums += a tile of A times a tile of B, by this warp alone.
+template <class A, class B>
+__device__ void multiply_tile(Sums& sums, const bf16* a_tile, const bf16* b_tile, int row, int column) {
+  Quad left[2][4], right[2][4];  // one step ahead
+  const auto load = [&](int step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      left[step % 2][i] = A::left_quad(a_tile, row + 16 * i, 16 * step);
+      right[step % 2][i] = B::right_quad(b_tile, column + 16 * i, 16 * step);
+    }
+  };
+  load(0);
+#pragma unroll
+  for (int step = 0; step < kDepth / 16; ++step) {
+    if (step + 1 < kDepth / 16) load(step + 1);
+#pragma unroll
+    for (int i = 0; i < kWarpRows / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < kWarpColumns / 8; ++j)
+        multiply_add(sums[i][j], left[step % 2][i], right[step % 2][j / 2].r[j % 2 * 2],
+                     right[step % 2][j / 2].r[j % 2 * 2 + 1]);
+  }
+}
+
+// The same by this warp's warpgroup: only started, not finished, when this returns.
+template <class Layout>
+__device__ void start_multiply_tile(Sums& sums, const bf16* a_tile, const bf16* b_tile) {
+  constexpr int kNextColumns = kDepth * 64 * sizeof(bf16);
+  const uint64_t a = warpgroup_tile(a_tile + threadIdx.x / 128 * 64 * kDepth, Layout::a_rows_are_k ? kNextColumns : 16);
+  const uint64_t b = warpgroup_tile(b_tile, Layout::b_rows_are_k ? kNextColumns : 16);
+  // 16 terms further along the sums: 16 rows of 128 bytes, or 32 bytes; an address counts 16 bytes.
+  constexpr uint64_t kNextA = Layout::a_rows_are_k ? 128 : 2, kNextB = Layout::b_rows_are_k ? 128 : 2;
+  open_products();
+#pragma unroll
+  for (int step = 0; step < kDepth / 16; ++step)
+    multiply_warpgroup<Layout::a_rows_are_k, Layout::b_rows_are_k>(sums[0], a + step * kNextA, b + step * kNextB);
+  close_products();
+}
+
 template <GroupedProduct kProduct>
 __global__ void __launch_bounds__(kThreads, 1) grouped_matmul_kernel(Grouped<bf16> g) {
   using Layout = GroupedLayout<kProduct>;
@@ -80,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_matmul_kernel(Grouped<bf1
   const A a(t.a, t.lda, t.m);
   const B b(t.b, t.ldb, t.n);
   const int tiles = (t.k + kDepth - 1) / kDepth, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warp_row = warp / kWarpColumns * kWarpTile, warp_column = warp % kWarpColumns * kWarpTile;
+  const int warp_row = warp / kWarpsAcross * kWarpRows, warp_column = warp % kWarpsAcross * kWarpColumns;
   const auto copy = [&](int tile) {
     bf16* const stage = stages + tile % kStages * kStageElements;
     if (tile < tiles) {
@@ -89,59 +134,53 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_matmul_kernel(Grouped<bf1
     }
     close_copies();
   };
+  // A copy goes into the stage that all warps have left: the last, or the one before while warpgroups still read that.
+  constexpr int kAhead = kHasWarpgroups ? kStages - 2 : kStages - 1;
 #pragma unroll
-  for (int tile = 0; tile < kStages - 1; ++tile) copy(tile);
+  for (int tile = 0; tile < kAhead; ++tile) copy(tile);
 
-  float sums[4][8][4] = {};  // [16 rows, 8 columns] each
+  Sums sums = {};
   for (int tile = 0; tile < tiles; ++tile) {
-    wait_copies<kStages - 2>();
+    wait_copies<kAhead - 1>();
+    if constexpr (kHasWarpgroups) publish_to_warpgroups();
     __syncthreads();
-    copy(tile + kStages - 1);  // into the stage that all warps have left
     const bf16* const a_tile = stages + tile % kStages * kStageElements;
     const bf16* const b_tile = a_tile + kTileM * kDepth;
-    Quad left[2][4], right[2][4];  // one step ahead
-    const auto load = [&](int step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        left[step % 2][i] = A::left_quad(a_tile, warp_row + 16 * i, 16 * step);
-        right[step % 2][i] = B::right_quad(b_tile, warp_column + 16 * i, 16 * step);
-      }
-    };
-    load(0);
-#pragma unroll
-    for (int step = 0; step < kDepth / 16; ++step) {
-      if (step + 1 < kDepth / 16) load(step + 1);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          multiply_add(sums[i][j], left[step % 2][i], right[step % 2][j / 2].r[j % 2 * 2],
-                       right[step % 2][j / 2].r[j % 2 * 2 + 1]);
+    if constexpr (kHasWarpgroups) {
+      start_multiply_tile<Layout>(sums, a_tile, b_tile);
+      copy(tile + kAhead);
+      wait_products<1>();
+    } else {
+      copy(tile + kAhead);
+      multiply_tile<A, B>(sums, a_tile, b_tile, warp_row, warp_column);
     }
   }
+  if constexpr (kHasWarpgroups) {
+    wait_products<0>();
+    settle(sums[0]);
+  }
 
-  // Through shared memory, so that rows are written in pieces of 128 bytes.
+  // Through shared memory, so that rows are written in pieces of at least 128 bytes.
   wait_copies<0>();
   __syncthreads();
-  bf16* const out = stages + warp * kWarpTile * kOutStride;
+  bf16* const out = stages + warp * kWarpRows * kOutStride;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < kWarpRows / 16; ++i)
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
+    for (int j = 0; j < kWarpColumns / 8; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         *reinterpret_cast<uint32_t*>(out + (16 * i + 8 * half + lane / 4) * kOutStride + 8 * j + lane % 4 * 2) =
             pack(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
   __syncwarp();
-  const int column = lane % 8 * 8;
+  constexpr int kLanes = kWarpColumns / 8, kRows = 32 / kLanes;  // lanes on a row; rows at a time
+  const int column = lane % kLanes * 8;
   if (warp_column + column >= t.n) return;
-#pragma unroll
-  for (int i = 0; i < kWarpTile / 4; ++i) {
-    const int row = 4 * i + lane / 8;
+#pragma unroll 4
+  for (int row = lane / kLanes; row < kWarpRows; row += kRows)
     if (warp_row + row < t.m)
       *reinterpret_cast<uint4*>(t.c + (warp_row + row) * t.ldc + warp_column + column) =
           *reinterpret_cast<const uint4*>(out + row * kOutStride + column);
-  }
 }
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -163,9 +202,10 @@ bool grouped_matmul_mma(GroupedProduct product, const Grouped<bf16>& g) {
   if (g.inputs % 8 || g.outputs % 8 || !aligned(g.a) || !aligned(g.b) || !aligned(g.c) || !enough_shared_memory())
     return false;
   const int64_t blocks = grouped_blocks(product, g.rows, g.inputs, g.outputs, g.experts, kTileM, kTileN);
-  const auto kernel = product == GroupedProduct::forward          ? grouped_matmul_kernel<GroupedProduct::forward>
-                      : product == GroupedProduct::input_gradient ? grouped_matmul_kernel<GroupedProduct::input_gradient>
-                                                                  : grouped_matmul_kernel<GroupedProduct::weight_gradient>;
+  using Product = GroupedProduct;
+  const auto kernel = product == Product::forward          ? grouped_matmul_kernel<Product::forward>
+                      : product == Product::input_gradient ? grouped_matmul_kernel<Product::input_gradient>
+                                                           : grouped_matmul_kernel<Product::weight_gradient>;
   launch_blocks(kernel, static_cast<unsigned>(blocks), kThreads, kSharedBytes, g);
   return true;
 }
