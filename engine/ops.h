@@ -64,6 +64,8 @@ struct Routing {
   Tensor sources;  // i32 [N*K]: the inverse: choice n*K+k that stands in a row
   Tensor offsets;  // i32 [E+1]: expert e owns rows [offsets[e], offsets[e+1])
 };
+// x [N, D], weight [E, D] in f32 (f64 for f64) -> x times weight transposed in f32 (f64): [N, E].
+Tensor router_logits(const Tensor& x, const Tensor& weight);
 Routing route_top_k(const Tensor& logits, int64_t k);                       // logits f32|f64 [N, E]; not differentiable
 Tensor routing_weights(const Tensor& logits, const Routing& r);             // softmax over the chosen logits [N, K]
 // E * sum_e (share of the N*K choices that went to e) * mean_n softmax(logits)[n, e] -> [] (Fedus et al., 2021).

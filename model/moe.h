@@ -39,7 +39,7 @@ struct Moe {
 
   MoeOutput operator()(const Tensor& x, const Mode& mode) const {  // [B, T, D]
     const Tensor rows = reshape(x, {x.shape().rows(), x.size(-1)});  // [N, D]
-    Tensor logits = gate(cast(rows, DType::f32));                    // [N, E]
+    Tensor logits = router_logits(rows, gate.weight);                // [N, E] f32
     if (mode.training && noise > 0) logits = add_normal(logits, noise, mode.key());
     const Routing r = route_top_k(logits, top_k);
     const Tensor hidden = dropout(silu(linear1(gather_rows(rows, r), r)), mode);  // [N*K, F]

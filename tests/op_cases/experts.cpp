@@ -111,6 +111,13 @@ Routing route(const Tensor& logits) { return route_top_k(logits, kChosen); }
 
 void add_expert_cases(std::vector<OpCase>& cases) {
   const auto logits = [](int64_t n, int64_t e) { return constant({n, e}, Type::wide); };
+  cases.push_back({.name = "router_logits",
+                   .sizes = {{{{1, 1}}, wide({1, 1})}, {{{37, 13}}, wide({3, 13})}, {{{150, 264}}, wide({8, 264})},
+                             {{{66, 40}}, wide({19, 40})}},
+                   .run = [](auto& x) { return router_logits(x[0], x[1]); },
+                   .reference = [](auto& x) { return matmul(cast(x[0], DType::f32), x[1], Transpose::b); },
+                   .reduction = 264,
+                   .large = {{{8192, 768}}, wide({8, 768})}});
   cases.push_back({.name = "route_top_k",
                    .sizes = {{logits(1, 2)}, {logits(37, 3)}, {logits(700, 8)}, {logits(300, 256)}},
                    .run = [](auto& x) { return route(x[0]).slots; },
