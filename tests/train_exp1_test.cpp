@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
@@ -179,6 +180,58 @@ TEST_CASE("a stop signal ends the run with what is done written") {
   REQUIRE(results["runs"].size() == 1);
   CHECK(results["runs"][0]["status"] == "interrupted");
   CHECK(results["runs"][0]["micro_steps"].get<int64_t>() > 0);
+}
+
+TEST_CASE("a continued experiment is the one that was never interrupted") {
+  const Scratch scratch;
+  const std::string whole = scratch / "whole", out = scratch / "cut", settings = kTiny + "--configs baseline,lora --seeds 1,2 ";
+  REQUIRE(run(settings + "--out " + whole).code == 0);
+  fs::copy(whole, out);
+  // baseline 2 was interrupted half-way and lora 1 is gone; baseline 1 and lora 2 are complete.
+  Json results = read_json(out + "/results.json");
+  results["status"] = "interrupted";
+  results["runs"][2]["status"] = "interrupted";
+  results["runs"][2]["val_loss"] = 9;
+  results["runs"][0]["training_time_minutes"] = 77;  // shows that this run is kept
+  results["runs"].erase(1);
+  std::ofstream(out + "/results.json") << results.dump(2);
+  std::ofstream(out + "/metrics.jsonl", std::ios::app) << R"({"kind":"train","experi)";
+
+  const auto points = [](const std::string& folder) {
+    std::ifstream in(folder + "/metrics.jsonl");
+    std::vector<std::string> points;
+    for (std::string line; std::getline(in, line);) {
+      Json point = Json::parse(line);
+      point.erase("seconds");
+      points.push_back(point.dump());
+    }
+    std::sort(points.begin(), points.end());
+    return points;
+  };
+  const auto before = read_json(out + "/results.json");
+  const Answer other = run(settings + "--steps 9 --resume --out " + out);
+  CHECK(other.code == 3);
+  CHECK_MESSAGE(other.text.find("recipe.steps is 8 in") != std::string::npos, other.text);
+  CHECK(read_json(out + "/results.json") == before);
+  CHECK(run(settings + "--out " + out).code == 2);
+  CHECK(run(settings + "--resume").code == 2);
+  CHECK(run(settings + "--resume --out " + (scratch / "nowhere")).code == 2);
+
+  const Answer answer = run(settings + "--resume --out " + out);
+  REQUIRE_MESSAGE(answer.code == 0, answer.text);
+  CHECK_MESSAGE(answer.text.find("2 of 4 runs are complete") != std::string::npos, answer.text);
+  const Json expected = read_json(whole + "/results.json"), found = read_json(out + "/results.json");
+  CHECK(found["status"] == "complete");
+  REQUIRE(found["runs"].size() == 4);
+  for (const Json& e : expected["runs"])
+    for (const Json& f : found["runs"])
+      if (e["experiment_name"] == f["experiment_name"] && e["seed"] == f["seed"]) {
+        CHECK(e["val_loss"] == f["val_loss"]);
+        CHECK(e["train_loss"] == f["train_loss"]);
+        CHECK(e["expert_load"] == f["expert_load"]);
+        CHECK((f["training_time_minutes"] == 77) == (f["experiment_name"] == "baseline" && f["seed"] == 1));
+      }
+  CHECK(points(out) == points(whole));
 }
 
 TEST_CASE("counting, printing and planning train nothing") {

@@ -21,6 +21,28 @@ Corpus open_corpus(const Recipe& recipe) {
 
 Json number_or_null(double x) { return std::isfinite(x) ? Json(x) : Json(nullptr); }
 
+constexpr const char* kSchema = "weft-results-1";
+
+// Throws Fault::config naming the first value that is not the same; `path` is where both lie.
+void must_equal(const Json& there, const Json& here, const std::string& path, const std::string& out) {
+  if (there.is_object() && here.is_object()) {
+    for (const auto& [key, value] : here.items())
+      must_equal(there.value(key, Json()), value, path.empty() ? key : path + "." + key, out);
+  } else if (there != here) {
+    fail(Fault::config, "--resume: {} is {} in {} and {} here; only the same experiment can be continued", path,
+         there.dump(), out, here.dump());
+  }
+}
+
+// The run of the same configuration and seed as `point`; null when there is none.
+const Json* find_run(const std::vector<Json>& runs, const Json& point) {
+  for (const Json& run : runs)
+    if (run.value("experiment_name", Json()) == point.value("experiment_name", Json()) &&
+        run.value("seed", Json()) == point.value("seed", Json()))
+      return &run;
+  return nullptr;
+}
+
 }  // namespace
 
 Experiment::Experiment(Recipe recipe)
@@ -65,16 +87,41 @@ std::string Experiment::plan() const {
 }
 
 void Experiment::run(const std::string& out) {
-  allocator(recipe_.device).set_limit(static_cast<int64_t>(recipe_.memory_limit_gb * 1e9));
   RunFolder folder(out);
   folder.write("resolved_config.json", resolved_config(recipe_));
   folder.write("env.json", environment());
-  Json results{{"schema", "weft-results-1"}, {"setup", setup()}, {"status", "interrupted"}, {"runs", Json::array()}};
+  train(folder, setup(), {});
+}
+
+void Experiment::resume(const std::string& out) {
+  RunFolder folder = RunFolder::existing(out);
+  must_equal(folder.read("resolved_config.json"), resolved_config(recipe_), "", out);
+  const Json results = folder.read("results.json");
+  if (results.value("schema", Json()) != kSchema || !results.contains("setup") || !results.value("runs", Json()).is_array())
+    fail(Fault::data, "{}/results.json: expected {} with setup and runs, found something else", out, kSchema);
+  // Another build may continue; its commit is not a setting.
+  Json now = setup();
+  now["commit"] = results["setup"].is_object() ? results["setup"].value("commit", Json()) : Json();
+  must_equal(results["setup"], now, "", out);
+
+  std::vector<Json> finished;
+  for (const Json& run : results["runs"])
+    if (run.is_object() && run.value("status", Json()) == "complete") finished.push_back(run);
+  folder.keep_metrics([&](const Json& point) { return find_run(finished, point) != nullptr; });
+  fmt::print(stderr, "{}: {} of {} runs are complete and kept\n", out, finished.size(),
+             recipe_.seeds.size() * recipe_.configs.size());
+  train(folder, std::move(now), finished);
+}
+
+void Experiment::train(RunFolder& folder, Json setup, const std::vector<Json>& finished) {
+  allocator(recipe_.device).set_limit(static_cast<int64_t>(recipe_.memory_limit_gb * 1e9));
+  Json results{{"schema", kSchema}, {"setup", std::move(setup)}, {"status", "interrupted"}, {"runs", finished}};
   folder.write("results.json", results);
   fmt::print(stderr, "{}", plan());
   try {
     for (const uint64_t seed : recipe_.seeds)
       for (const std::string& name : recipe_.configs) {
+        if (find_run(finished, {{"experiment_name", name}, {"seed", seed}})) continue;
         if (stop_requested()) return;
         results["runs"].push_back(train_run(recipe_, name, seed, corpus_, folder));
         folder.write("results.json", results);

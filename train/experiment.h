@@ -2,6 +2,7 @@
 #pragma once
 #include "data/corpus.h"
 #include "train/recipe.h"
+#include "train/run_folder.h"
 
 namespace weft {
 
@@ -13,8 +14,13 @@ class Experiment {
   // Trains everything. results.json is replaced after every run, so nothing that is done is lost; it says "interrupted"
   // when a stop was requested and "failed" when a run threw.
   void run(const std::string& out);
+  // Continues what is in `out`: complete runs are kept, the others trained from their start, as if nothing had happened.
+  // Throws Fault::config naming the first setting that is not what it was.
+  void resume(const std::string& out);
 
  private:
+  // Trains what is not among the finished runs.
+  void train(RunFolder& folder, Json setup, const std::vector<Json>& finished);
   Json setup() const;
 
   Recipe recipe_;

@@ -22,21 +22,62 @@ RunFolder::RunFolder(const std::string& path) : path_(path) {
     fs::create_directories(path, error);
     if (error) fail(Fault::io, "--out {}: cannot be made: {}", path, error.message());
   }
-  metrics_.open(fs::path(path) / "metrics.jsonl");
-  if (!metrics_) fail(Fault::io, "--out {}: cannot be written: {}", path, std::strerror(errno));
+  open_metrics();
 }
 
-void RunFolder::write(const std::string& name, const Json& content) const {
+RunFolder RunFolder::existing(const std::string& path) {
+  for (const char* name : {"resolved_config.json", "results.json"})
+    if (!fs::is_regular_file(fs::path(path) / name))
+      fail(Fault::usage, "--resume --out {}: there is no {}; expected the folder of a run", path, name);
+  RunFolder folder;
+  folder.path_ = path;
+  folder.open_metrics();
+  return folder;
+}
+
+void RunFolder::open_metrics() {
+  metrics_.open(fs::path(path_) / "metrics.jsonl", std::ios::app);
+  if (!metrics_) fail(Fault::io, "--out {}: cannot be written: {}", path_, std::strerror(errno));
+}
+
+void RunFolder::write(const std::string& name, const Json& content) const { write_text(name, content.dump(2) + '\n'); }
+
+void RunFolder::write_text(const std::string& name, const std::string& content) const {
   const fs::path target = fs::path(path_) / name, draft = fs::path(path_) / ("." + name + ".part");
   {
     std::ofstream file(draft);
-    file << content.dump(2) << '\n';
+    file << content;
     file.close();
     if (!file) fail(Fault::io, "{}: writing failed: {}", draft.string(), std::strerror(errno));
   }
   std::error_code error;
   fs::rename(draft, target, error);
   if (error) fail(Fault::io, "{}: cannot be replaced: {}", target.string(), error.message());
+}
+
+Json RunFolder::read(const std::string& name) const {
+  const fs::path file = fs::path(path_) / name;
+  std::ifstream in(file);
+  if (!in) fail(Fault::io, "{}: cannot be read: {}", file.string(), std::strerror(errno));
+  Json content = Json::parse(in, nullptr, false);
+  if (!content.is_object()) fail(Fault::data, "{}: expected a JSON object, found something else or a torn file", file.string());
+  return content;
+}
+
+void RunFolder::keep_metrics(const std::function<bool(const Json& point)>& keep) {
+  const fs::path file = fs::path(path_) / "metrics.jsonl";
+  std::ifstream in(file);
+  if (!in) fail(Fault::io, "{}: cannot be read: {}", file.string(), std::strerror(errno));
+  std::string kept, line;
+  for (int64_t number = 1; std::getline(in, line); ++number) {
+    const Json point = Json::parse(line, nullptr, false);
+    if (point.is_object() && keep(point)) kept += line + '\n';
+    if (!point.is_object() && in.peek() != std::ifstream::traits_type::eof())
+      fail(Fault::data, "{}:{}: expected a JSON object, found something else", file.string(), number);
+  }
+  metrics_.close();
+  write_text("metrics.jsonl", kept);
+  open_metrics();
 }
 
 void RunFolder::append_metric(const Json& point) {

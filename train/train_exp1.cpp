@@ -15,6 +15,7 @@ Without --data the built-in corpus is used: a synthetic language whose entropy p
 Examples:
   train_exp1 --data books.bin --protocol seed --preset exp1 --seeds 42,43,44
   train_exp1 --preset quick --configs baseline,lora --set hidden_size=96
+  train_exp1 --seeds 42,43,44 --out runs/three --resume    (with the settings it was started with)
 Exit codes: 0 done, 1 a bug, 2 command line, 3 configuration, 4 input data, 5 reading or writing, 6 GPU or memory,
 7 a loss or gradient that is not finite, 130 stopped by Ctrl-C (what was done is written).)";
 
@@ -40,7 +41,7 @@ int run(int argc, char** argv) {
   app.footer(kFooter);
   std::string preset, device = "auto", out;
   std::vector<std::string> settings;
-  bool count_params = false, print_config = false, dry_run = false;
+  bool count_params = false, print_config = false, dry_run = false, resume = false;
   app.add_option("--preset", preset, "sizes and recipe: " + preset_list() + " (default: exp1 with a GPU, else quick)")
       ->take_last();
   app.add_option("--device", device, "auto, cpu or cuda")->capture_default_str()->take_last();
@@ -49,6 +50,7 @@ int run(int argc, char** argv) {
   for (auto& [f, text] : fields) app.add_option(f->option, text, f->help)->take_last();
   app.add_option("--set", settings, "key=value, for every field that --print-config shows; may be repeated");
   app.add_option("--out", out, "folder of the run, new (default: runs/exp1-<time>)")->take_last();
+  app.add_flag("--resume", resume, "continue the run in --out: complete runs are kept, the others trained again");
   app.add_flag("--count-params", count_params, "print each configuration's parameters and stop");
   app.add_flag("--print-config", print_config, "print the resolved settings as JSON and stop");
   app.add_flag("--dry-run", dry_run, "check the settings and the data, print the plan and stop");
@@ -59,6 +61,7 @@ int run(int argc, char** argv) {
     fail(Fault::usage, "{} (see train_exp1 --help)", e.what());
   }
 
+  if (resume && out.empty()) fail(Fault::usage, "--resume: name the run's folder with --out");
   if (device != "auto" && device != "cpu" && device != "cuda")
     fail(Fault::usage, "--device {}: expected auto, cpu or cuda", device);
   const bool trains = !count_params && !print_config;
@@ -95,7 +98,10 @@ int run(int argc, char** argv) {
     out = fmt::format("runs/exp1-{}", stamp);
   }
   install_stop_signals();
-  experiment.run(out);
+  if (resume)
+    experiment.resume(out);
+  else
+    experiment.run(out);
   return stop_requested() ? 130 : 0;
 }
 
