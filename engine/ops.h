@@ -18,12 +18,16 @@ Tensor cast(const Tensor& x, DType dtype);     // x in another floating dtype; x
 // x / (1-p) where kept, else 0; element i is kept where random_bits(key, i) < keep_threshold(p). The mask is drawn
 // again in the gradient. p = 0 gives x itself.
 Tensor dropout(const Tensor& x, double p, RngKey key);
+Tensor silu_dropout(const Tensor& x, double p, RngKey key);                         // dropout(silu(x), p, key)
+Tensor add_dropout(const Tensor& residual, const Tensor& x, double p, RngKey key);  // residual + dropout(x, p, key)
 // x + std * random_normal(key, i); gradient 1.
 Tensor add_normal(const Tensor& x, double std, RngKey key);
 
 // ---- shape
 Tensor reshape(const Tensor& x, const Shape& shape);                    // shares data
 Tensor slice_last(const Tensor& x, int64_t from, int64_t to);           // columns [from, to) of the last axis, copied
+// The last axis cut into parts of these widths, copied; all parts share one gradient of x's size.
+std::vector<Tensor> split_last(const Tensor& x, const std::vector<int64_t>& widths);
 // [a, b] along the last axis: a [.., H, Da], b [.., H or 1, Db] -> [.., H, Da+Db]; a single head of b serves all of a's.
 Tensor concat_last(const Tensor& a, const Tensor& b);
 

@@ -42,7 +42,7 @@ struct Moe {
     Tensor logits = router_logits(rows, gate.weight);                // [N, E] f32
     if (mode.training && noise > 0) logits = add_normal(logits, noise, mode.key());
     const Routing r = route_top_k(logits, top_k);
-    const Tensor hidden = dropout(silu(linear1(gather_rows(rows, r), r)), mode);  // [N*K, F]
+    const Tensor hidden = dropout.of_silu(linear1(gather_rows(rows, r), r), mode);  // [N*K, F]
     const Tensor y = combine_rows(linear2(hidden, r), routing_weights(logits, r), r);
     return {reshape(y, x.shape()), mode.training ? scale(balance_loss(logits, r), balance_weight) : Tensor{}, r};
   }

@@ -28,11 +28,11 @@ MoeOutput Block::operator()(const Tensor& x, const Mode& mode) const {
   Tensor middle;
   {
     MemoryScope memory(Category::activation, attention_layer);
-    middle = add(x, dropout(attention(attention_norm(x), mode), mode));
+    middle = dropout.onto(x, attention(attention_norm(x), mode), mode);
   }
   MemoryScope memory(Category::activation, ffn_layer);
   MoeOutput out = feed_forward(ffn_norm(middle), mode);
-  out.y = add(middle, dropout(out.y, mode));
+  out.y = dropout.onto(middle, out.y, mode);
   return out;
 }
 

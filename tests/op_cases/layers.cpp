@@ -101,6 +101,14 @@ void add_layer_cases(std::vector<OpCase>& cases) {
   cases.push_back({.name = "dropout", .sizes = {{{{3, 37}}}, {{{8, 4}}}, {{{1}}}, {{{5, 129, 3}}}},
                    .run = [](auto& x) { return dropout(x[0], 0.3, kKey); },
                    .reference = [](auto& x) { return dropout_loops(x[0], 0.3); }, .large = {{tokens}}});
+  cases.push_back({.name = "silu_dropout", .sizes = {{{{3, 37}}}, {{{8, 4}}}, {{{1}}}, {{{5, 129, 3}}}},
+                   .run = [](auto& x) { return silu_dropout(x[0], 0.3, kKey); },
+                   .reference = [](auto& x) { return dropout(silu(x[0]), 0.3, kKey); }, .large = {{{16384, 3072}}}});
+  cases.push_back({.name = "add_dropout",
+                   .sizes = {{{{3, 37}}, {{3, 37}}}, {{{8, 4}}, {{8, 4}}}, {{{5, 129, 3}}, {{5, 129, 3}}}},
+                   .run = [](auto& x) { return add_dropout(x[0], x[1], 0.3, kKey); },
+                   .reference = [](auto& x) { return add(x[0], dropout(x[1], 0.3, kKey)); },
+                   .large = {{tokens}, {tokens}}});
   cases.push_back({.name = "add_normal", .sizes = {{{{3, 37}}}, {{{40, 8}}}},
                    .run = [](auto& x) { return add_normal(x[0], 0.1, kKey); },
                    .reference = [](auto& x) { return add_normal_loops(x[0], 0.1); }, .large = {{{8192, 8}}}});
@@ -163,6 +171,21 @@ void add_layer_cases(std::vector<OpCase>& cases) {
   cases.push_back({.name = "count_correct", .sizes = constants,
                    .run = [](auto& x) { return count_correct(x[0], x[1]); },
                    .reference = [](auto& x) { return count_correct_loops(x[0], x[1]); }, .large = many_logits});
+
+  // Parts in another order than they are cut in, then a part that no gradient reaches.
+  cases.push_back({.name = "split_last", .sizes = {{{{3, 37}}}, {{{2, 5, 64}}}},
+                   .run = [](auto& x) {
+                     const std::vector<Tensor> parts = split_last(x[0], {8, 16, x[0].size(-1) - 24});
+                     return concat_last(concat_last(parts[1], parts[2]), parts[0]);
+                   },
+                   .reference = [](auto& x) {
+                     const int64_t d = x[0].size(-1);
+                     return concat_last(concat_last(slice_last(x[0], 8, 24), slice_last(x[0], 24, d)),
+                                        slice_last(x[0], 0, 8));
+                   }});
+  cases.push_back({.name = "split_last_one_part", .sizes = {{{{3, 37}}}, {{{2, 5, 64}}}},
+                   .run = [](auto& x) { return split_last(x[0], {8, 16, x[0].size(-1) - 24})[1]; },
+                   .reference = [](auto& x) { return slice_last(x[0], 8, 24); }});
 }
 
 }  // namespace weft
