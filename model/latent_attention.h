@@ -43,12 +43,15 @@ struct LatentAttention {
     const Tensor queries = q_proj ? (*q_proj)(x) : (*q_b_proj)((*q_a_layernorm)((*q_a_proj)(x)));
     const Tensor q = rope(reshape(queries, {b, t, heads, plain + rotary}));
 
-    const Tensor compressed = kv_a_proj_with_mqa(x);  // [B, T, latent + rotary]
-    const Tensor shared_key = rope(reshape(slice_last(compressed, latent, latent + rotary), {b, t, 1, rotary}));
-    const Tensor kv = reshape(kv_b_proj(kv_a_layernorm(slice_last(compressed, 0, latent))),
-                              {b, t, heads, plain + value});
-    const Tensor k = plain > 0 ? concat_last(slice_last(kv, 0, plain), shared_key) : shared_key;
-    const Tensor v = plain > 0 ? slice_last(kv, plain, plain + value) : kv;
+    const std::vector<Tensor> compressed = split_last(kv_a_proj_with_mqa(x), {latent, rotary});
+    const Tensor shared_key = rope(reshape(compressed[1], {b, t, 1, rotary}));
+    const Tensor kv = reshape(kv_b_proj(kv_a_layernorm(compressed[0])), {b, t, heads, plain + value});
+    Tensor k = shared_key, v = kv;
+    if (plain > 0) {
+      const std::vector<Tensor> parts = split_last(kv, {plain, value});
+      k = concat_last(parts[0], shared_key);
+      v = parts[1];
+    }
 
     AttentionOptions options{.scale = scale};
     if (mode.training && dropout > 0) options.dropout = dropout, options.key = mode.key();

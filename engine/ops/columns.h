@@ -1,5 +1,5 @@
-// Copies a range of columns between row-major matrices: used by slice_last and concat_last. Widths are in bytes, so one
-// form serves every dtype; on a GPU a thread moves the widest word that all addresses allow.
+// Copies a range of columns between row-major matrices: used by the ops that cut or join the last axis. Widths are in
+// bytes, so one form serves every dtype; on a GPU a thread moves the widest word that all addresses allow.
 #pragma once
 #include <cstring>
 
