@@ -15,8 +15,13 @@ enum class DType : uint8_t { f32, bf16, f64, i32 };
 
 constexpr int64_t size_of(DType t) { return t == DType::bf16 ? 2 : t == DType::f64 ? 8 : 4; }
 constexpr const char* name_of(DType t) {
-  constexpr const char* kNames[] = {"f32", "bf16", "f64", "i32"};
-  return kNames[static_cast<int>(t)];
+  switch (t) {
+    case DType::f32: return "f32";
+    case DType::bf16: return "bf16";
+    case DType::f64: return "f64";
+    case DType::i32: return "i32";
+  }
+  return "no dtype";
 }
 
 // bfloat16: the upper half of a float32, rounded to nearest even. The same type on the CPU and in kernels.
