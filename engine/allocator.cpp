@@ -52,7 +52,8 @@ using Use = std::map<std::pair<Category, const char*>, int64_t>;
 }  // namespace
 
 MemoryScope::MemoryScope(Category category) : MemoryScope(category, scope_layer) {}
-MemoryScope::MemoryScope(Category category, const char* layer) : old_category_(scope_category), old_layer_(scope_layer) {
+MemoryScope::MemoryScope(Category category, const char* layer)
+    : old_category_(scope_category), old_layer_(scope_layer) {
   scope_category = category;
   scope_layer = layer;
 }
@@ -73,8 +74,30 @@ struct CachingAllocator::Core {
   mutable ByCategory at_peak{};
   mutable bool peak_is_now = true;
   int64_t limit = 0;
+  std::vector<MemoryEvent> ring;  // event n is at n % capacity
+  int64_t ring_capacity = 0, events = 0;
+  bool recording = false;
 
   std::set<Block*, BySize>& pool(bool small) { return small ? free_small : free_large; }
+
+  PoolStats& pool_stats(bool small) { return small ? stats.small : stats.large; }
+
+  // Counts a block in (sign 1) or out (sign -1), in everything that is summed.
+  void account(const Block& b, int64_t sign) {
+    const int64_t bytes = sign * b.size;
+    stats.requested += sign * b.requested;
+    stats.allocated += bytes;
+    stats.current[static_cast<int>(b.category)] += bytes;
+    pool_stats(b.small).allocated += bytes;
+    use[{b.category, b.layer}] += bytes;
+    if (!recording) return;
+    const MemoryEvent event{events, bytes, b.category, b.layer, stats.allocated};
+    if (events < ring_capacity)
+      ring.push_back(event);
+    else
+      ring[static_cast<size_t>(events % ring_capacity)] = event;
+    ++events;
+  }
 
   void keep_peak() const {
     if (!peak_is_now) return;
@@ -91,16 +114,21 @@ struct CachingAllocator::Core {
 
   // A new segment as one free block; nullptr when neither limit nor device has room, also after emptying the cache.
   Block* take_segment(int64_t size, bool small) {
-    const int64_t bytes = small ? kSmallSegment : size <= kMedium ? kMediumSegment : round_up(size, kLargeUnit);
+    const int64_t least = small ? kSmallSegment : round_up(size, kLargeUnit);
+    int64_t bytes = !small && size <= kMedium ? kMediumSegment : least;
     const auto attempt = [&]() -> void* {
       if (limit > 0 && stats.reserved + bytes > limit) return nullptr;
       return device->allocate(static_cast<size_t>(bytes));
     };
-    auto block = std::make_unique<Block>(Block{nullptr, bytes, 0, small});
     void* memory = attempt();
     if (!memory && release_cached() > 0) memory = attempt();
+    if (!memory && bytes > least) {
+      bytes = least;
+      memory = attempt();
+    }
     if (!memory) return nullptr;
-    block->address = static_cast<char*>(memory);
+    auto block = std::make_unique<Block>(Block{static_cast<char*>(memory), bytes, 0, small});
+    pool_stats(small).reserved += bytes;
     stats.reserved += bytes;
     stats.peak_reserved = std::max(stats.peak_reserved, stats.reserved);
     ++stats.device_allocations;
@@ -119,6 +147,7 @@ struct CachingAllocator::Core {
         }
         it = blocks->erase(it);
         released += b->size;
+        pool_stats(b->small).reserved -= b->size;
         device->release(b->address);
         delete b;
       }
@@ -149,16 +178,17 @@ struct CachingAllocator::Core {
     delete next;
   }
 
-  int64_t largest_free() const {
-    const auto last = [](const auto& blocks) { return blocks.empty() ? int64_t{0} : (*blocks.rbegin())->size; };
-    return std::max(last(free_small), last(free_large));
+  static int64_t largest(const std::set<Block*, BySize>& blocks) {
+    return blocks.empty() ? 0 : (*blocks.rbegin())->size;
   }
+  int64_t largest_free() const { return std::max(largest(free_small), largest(free_large)); }
 
   [[noreturn]] void out_of_memory(int64_t bytes) const {
     std::string held;
     for (int c = 0; c < kCategories; ++c)
       if (stats.current[c] > 0)
-        held += fmt::format("{}{} {}", held.empty() ? "" : ", ", name_of(static_cast<Category>(c)), human(stats.current[c]));
+        held += fmt::format("{}{} {}", held.empty() ? "" : ", ", name_of(static_cast<Category>(c)),
+                            human(stats.current[c]));
     const int64_t idle = stats.reserved - stats.allocated;
     std::string advice = "make the batch, the sequence or the model smaller";
     if (limit > 0 && limit < static_cast<int64_t>(device->total())) advice += ", or raise the memory limit";
@@ -197,15 +227,12 @@ void* CachingAllocator::allocate(int64_t bytes) {
   block->layer = scope_layer;
   c.live.emplace(block->address, block);
 
+  c.account(*block, 1);
   MemoryStats& s = c.stats;
   const int category = static_cast<int>(block->category);
   ++s.allocations;
-  s.requested += bytes;
   s.peak_requested = std::max(s.peak_requested, s.requested);
-  s.allocated += block->size;
-  s.current[category] += block->size;
   s.peak[category] = std::max(s.peak[category], s.current[category]);
-  c.use[{block->category, block->layer}] += block->size;
   if (s.allocated > s.peak_allocated) {
     s.peak_allocated = s.allocated;
     c.peak_is_now = true;
@@ -225,10 +252,7 @@ void CachingAllocator::free(void* p) noexcept {
   Block* b = it->second;
   c.keep_peak();
   c.live.erase(it);
-  c.stats.requested -= b->requested;
-  c.stats.allocated -= b->size;
-  c.stats.current[static_cast<int>(b->category)] -= b->size;
-  c.use[{b->category, b->layer}] -= b->size;
+  c.account(*b, -1);
   b->free = true;
   if (b->after && b->after->free) c.absorb_next(b);
   if (b->before && b->before->free) {
@@ -247,19 +271,24 @@ MemoryStats CachingAllocator::stats() const {
   const std::lock_guard lock(core_->mutex);
   core_->keep_peak();
   MemoryStats s = core_->stats;
-  core_->peak_is_now = s.allocated == s.peak_allocated;
   s.at_peak = core_->at_peak;
   s.largest_free = core_->largest_free();
+  s.small.free_blocks = static_cast<int64_t>(core_->free_small.size());
+  s.small.largest_free = Core::largest(core_->free_small);
+  s.large.free_blocks = static_cast<int64_t>(core_->free_large.size());
+  s.large.largest_free = Core::largest(core_->free_large);
   return s;
 }
 
 std::vector<LayerUse> CachingAllocator::layers_at_peak() const {
   const std::lock_guard lock(core_->mutex);
   core_->keep_peak();
-  core_->peak_is_now = core_->stats.allocated == core_->stats.peak_allocated;
-  std::vector<LayerUse> layers;
+  // By text: the same literal may have one address in each file.
+  std::map<std::pair<std::string, Category>, int64_t> sums;
   for (const auto& [key, bytes] : core_->peak_use)
-    if (bytes > 0) layers.push_back({key.second, key.first, bytes});
+    if (bytes > 0) sums[{key.second, key.first}] += bytes;
+  std::vector<LayerUse> layers;
+  for (const auto& [key, bytes] : sums) layers.push_back({key.first, key.second, bytes});
   std::stable_sort(layers.begin(), layers.end(), [](const auto& a, const auto& b) { return a.bytes > b.bytes; });
   return layers;
 }
@@ -272,6 +301,28 @@ void CachingAllocator::reset_peaks() {
   s.peak_reserved = s.reserved;
   s.peak = s.current;
   core_->peak_is_now = true;
+}
+
+void CachingAllocator::start_timeline(int64_t capacity) {
+  check(capacity > 0, "a timeline keeps at least 1 event, found {}", capacity);
+  const std::lock_guard lock(core_->mutex);
+  core_->ring.clear();
+  core_->ring_capacity = capacity;
+  core_->events = 0;
+  core_->recording = true;
+}
+
+void CachingAllocator::stop_timeline() {
+  const std::lock_guard lock(core_->mutex);
+  core_->recording = false;
+}
+
+std::vector<MemoryEvent> CachingAllocator::timeline() const {
+  const std::lock_guard lock(core_->mutex);
+  std::vector<MemoryEvent> events = core_->ring;
+  if (core_->events > core_->ring_capacity)
+    std::rotate(events.begin(), events.begin() + core_->events % core_->ring_capacity, events.end());
+  return events;
 }
 
 void CachingAllocator::set_limit(int64_t bytes) {

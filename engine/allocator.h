@@ -23,7 +23,8 @@ constexpr const char* name_of(Category c) {
 }
 
 // Sets the category (and the layer's name) of what this thread allocates while it lives; scopes nest.
-// `layer` must outlive every block tagged with it: pass a literal or a name that a layer keeps.
+// `layer` must live as long as the process, for statistics name it after its blocks are gone: pass a literal or an
+// interned name.
 class MemoryScope {
  public:
   explicit MemoryScope(Category category);
@@ -39,6 +40,11 @@ class MemoryScope {
 
 using ByCategory = std::array<int64_t, kCategories>;
 
+// One of the two pools of segments: blocks up to 1 MiB come from the small one. Bytes, but for free_blocks.
+struct PoolStats {
+  int64_t allocated = 0, reserved = 0, free_blocks = 0, largest_free = 0;
+};
+
 // Bytes. requested: what callers asked for; allocated: after rounding; reserved: taken from the device.
 struct MemoryStats {
   int64_t requested = 0, allocated = 0, reserved = 0;
@@ -46,6 +52,7 @@ struct MemoryStats {
   ByCategory current{}, peak{};    // allocated per category now, and each category's own peak
   ByCategory at_peak{};            // the breakdown at the moment of peak_allocated
   int64_t largest_free = 0;        // largest free block
+  PoolStats small, large;
   int64_t device_allocations = 0;  // segments ever taken from the device
   int64_t allocations = 0;         // blocks ever handed out
 };
@@ -55,6 +62,15 @@ struct LayerUse {
   std::string layer;  // "" outside every named scope
   Category category;
   int64_t bytes;
+};
+
+// One block handed out (bytes > 0) or taken back (bytes < 0).
+struct MemoryEvent {
+  int64_t sequence;  // counts from 0 where recording began
+  int64_t bytes;
+  Category category;
+  const char* layer;
+  int64_t allocated;  // after it
 };
 
 // What the allocator needs of a device. allocate returns nullptr when the device has no more.
@@ -81,6 +97,11 @@ class CachingAllocator {
   MemoryStats stats() const;
   std::vector<LayerUse> layers_at_peak() const;  // largest first; they add up to peak_allocated
   void reset_peaks();
+  // Records every block handed out or taken back from now on, forgetting what was recorded; keeps the newest
+  // `capacity` events.
+  void start_timeline(int64_t capacity);
+  void stop_timeline();                       // what was recorded stays
+  std::vector<MemoryEvent> timeline() const;  // oldest first
   // At most this many bytes reserved; 0 means no limit but the device's.
   void set_limit(int64_t bytes);
   // Gives every segment that no block uses back to the device.

@@ -41,7 +41,7 @@ int run(int argc, char** argv) {
   app.footer(kFooter);
   std::string preset, device = "auto", out;
   std::vector<std::string> settings;
-  bool count_params = false, print_config = false, dry_run = false, resume = false;
+  bool count_params = false, print_config = false, dry_run = false, resume = false, memory_report = false;
   app.add_option("--preset", preset, "sizes and recipe: " + preset_list() + " (default: exp1 with a GPU, else quick)")
       ->take_last();
   app.add_option("--device", device, "auto, cpu or cuda")->capture_default_str()->take_last();
@@ -51,6 +51,7 @@ int run(int argc, char** argv) {
   app.add_option("--set", settings, "key=value, for every field that --print-config shows; may be repeated");
   app.add_option("--out", out, "folder of the run, new (default: runs/exp1-<time>)")->take_last();
   app.add_flag("--resume", resume, "continue the run in --out: complete runs are kept, the others trained again");
+  app.add_flag("--memory-report", memory_report, "write who held the memory at each run's peak, and a step's timeline");
   app.add_flag("--count-params", count_params, "print each configuration's parameters and stop");
   app.add_flag("--print-config", print_config, "print the resolved settings as JSON and stop");
   app.add_flag("--dry-run", dry_run, "check the settings and the data, print the plan and stop");
@@ -75,6 +76,7 @@ int run(int argc, char** argv) {
     if (equals == std::string::npos) fail(Fault::usage, "--set {}: expected key=value", setting);
     set_field(recipe, setting.substr(0, equals), setting.substr(equals + 1));
   }
+  if (memory_report) recipe.memory_report = true;
   validate(recipe);
 
   if (count_params) {

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "engine/allocator.h"
+#include "engine/memory_report.h"
 #include "engine/ops.h"
 #include "engine/optim/adamw.h"
 #include "engine/optim/muon.h"
@@ -22,6 +23,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 double gigabytes(int64_t bytes) { return static_cast<double>(bytes) / 1e9; }
+
+constexpr int64_t kTimelineEvents = 1 << 18;  // more than a step of exp1 makes
 
 double median(std::vector<double> values) {
   if (values.empty()) return 0;
@@ -100,6 +103,8 @@ Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, con
   };
 
   while (done < recipe.steps && !stop_requested()) {
+    // The first optimizer step also makes what lasts (its state); the second is like all others.
+    if (recipe.memory_report && optimizer_step == 1) memory.start_timeline(kTimelineEvents);
     const auto group_start = Clock::now();
     const int64_t group = std::min(recipe.accumulate, recipe.steps - done);
     losses.clear();
@@ -122,6 +127,7 @@ Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, con
     params.clear_grads();
     wait_for(recipe.device);
     const double optimizer_seconds = seconds_since(optimizer_start);
+    memory.stop_timeline();
     micro_ms.push_back(1e3 * group_seconds / static_cast<double>(group));
     optimizer_ms.push_back(1e3 * optimizer_seconds);
     busy_seconds += group_seconds + optimizer_seconds;
@@ -147,6 +153,11 @@ Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, con
   run_evaluation();
 
   const MemoryStats stats = memory.stats();
+  if (recipe.memory_report) {
+    const std::string suffix = fmt::format("_{}_{}", name, seed);
+    folder.write_text("memory" + suffix + ".txt", memory_report(memory));
+    if (optimizer_step > 1) folder.write_text("memory_timeline" + suffix + ".csv", timeline_csv(memory));
+  }
   Json by_category;
   for (int c = 0; c < kCategories; ++c) by_category[name_of(static_cast<Category>(c))] = gigabytes(stats.at_peak[c]);
   const double rate = busy_seconds > 0 ? static_cast<double>(done * tokens_per_step) / busy_seconds : 0;
