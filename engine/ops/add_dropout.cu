@@ -10,11 +10,6 @@ struct AddDropout {
   A scale;
   WEFT_HD A operator()(bool kept, A residual, A x) const { return kept ? residual + x * scale : residual; }
 };
-template <class A>
-struct AddDropoutGradient {
-  A scale;
-  WEFT_HD A operator()(bool kept, A dy) const { return kept ? dy * scale : A(0); }
-};
 
 }  // namespace
 
@@ -24,27 +19,17 @@ Tensor add_dropout(const Tensor& residual, const Tensor& x, double p, RngKey key
         "add_dropout needs two tensors of one shape and dtype, found {} {} and {} {}", name_of(residual.dtype()),
         residual.shape().str(), name_of(x.dtype()), x.shape().str());
   if (p == 0) return add(residual, x);
-  const Mask mask(key, p);
-  const double scale = 1 / (1 - p);
   Tensor y = Tensor::like(x);
   on_device(x.device(), [&](auto device) {
     dispatch(device, x.dtype(), [&]<class T>() {
       using A = acc_t<T>;
-      map_masked(device, x.numel(), mask, AddDropout<A>{A(scale)}, y.data<T>(), residual.data<T>(), x.data<T>());
+      map_masked(device, x.numel(), Mask(key, p), AddDropout<A>{A(1 / (1 - p))}, y.data<T>(), residual.data<T>(),
+                 x.data<T>());
     });
   });
-  return record("add_dropout", y, {residual, x},
-                [mask, scale, need_x = x.needs_grad()](const Tensor& dy) -> Gradients {
-                  if (!need_x) return {dy, {}};
-                  Tensor dx = Tensor::like(dy);
-                  on_device(dy.device(), [&](auto device) {
-                    dispatch(device, dy.dtype(), [&]<class T>() {
-                      using A = acc_t<T>;
-                      map_masked(device, dy.numel(), mask, AddDropoutGradient<A>{A(scale)}, dx.data<T>(), dy.data<T>());
-                    });
-                  });
-                  return {dy, dx};
-                });
+  return record("add_dropout", y, {residual, x}, [p, key, need_x = x.needs_grad()](const Tensor& dy) -> Gradients {
+    return {dy, need_x ? dropout(dy, p, key) : Tensor{}};
+  });
 }
 
 }  // namespace weft

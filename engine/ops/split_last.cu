@@ -1,5 +1,5 @@
-// parts[i][.., c] = x[.., starts[i] + c]. All parts' gradients go into one dx, each copied once to its columns: with a
-// dx for each part, zeros and sums as wide as x would cost five times that.
+// parts[i][.., c] = x[.., starts[i] + c]. All parts' gradients go into one dx, each copied once to its columns: a dx
+// for each of three parts, with zeros and sums as wide as x, would move five times the bytes.
 #include <memory>
 
 #include "engine/ops.h"
@@ -10,10 +10,10 @@ namespace {
 
 // What the parts' nodes share with the node between them and x, which passes dx on.
 struct Split {
-  Shape shape;                   // of x
+  Shape shape;  // of x
   std::vector<int64_t> widths, starts;
-  Tensor dx;                     // from the first part's gradient on
-  std::vector<bool> written;     // whose columns of dx are done
+  Tensor dx;                  // from the first part's gradient on
+  std::vector<bool> written;  // parts whose columns of dx are done
 
   Shape part_shape(size_t i) const {
     Shape part = shape;
@@ -21,8 +21,12 @@ struct Split {
     return part;
   }
   // Copies part i out of a tensor like x, or into one.
-  void take(size_t i, const Tensor& part, const Tensor& from) const { copy(i, columns(i, part), window(i, from), part); }
-  void put(size_t i, const Tensor& part, const Tensor& into) const { copy(i, window(i, into), columns(i, part), part); }
+  void take(size_t i, const Tensor& part, const Tensor& from) const {
+    copy(i, columns(i, part), window(i, from), part);
+  }
+  void put(size_t i, const Tensor& part, const Tensor& into) const {
+    copy(i, window(i, into), columns(i, part), part);
+  }
 
  private:
   Columns columns(size_t i, const Tensor& part) const {
