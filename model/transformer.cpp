@@ -1,5 +1,6 @@
 #include "model/transformer.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace weft {
@@ -85,6 +86,20 @@ Params counted_params(const Config& config) {
 }
 
 int64_t parameter_count(const Config& config) { return counted_params(config).count(); }
+
+std::vector<Part> parameters_by_part(const Params& params) {
+  std::vector<Part> parts{{"embedding", 0}, {"attention", 0}, {"experts", 0}, {"router", 0}, {"norms", 0}};
+  for (const Parameter& p : params.list()) {
+    const auto within = [&](const char* layer) { return p.name.find(layer) != std::string::npos; };
+    const bool norm = p.kind == Kind::vector && p.name.ends_with(".weight");  // latent attention has norms of its own
+    const char* part = p.kind == Kind::embedding ? "embedding" : norm ? "norms" : within(".attention.") ? "attention"
+                       : within(".experts.") ? "experts" : within(".router.") ? "router" : "";
+    const auto found = std::find_if(parts.begin(), parts.end(), [&](const Part& x) { return std::string_view(x.name) == part; });
+    check(found != parts.end(), "parameter {} must belong to a part of the model", p.name);
+    found->parameters += p.shape.numel();
+  }
+  return parts;
+}
 
 int64_t active_parameter_count(const Config& config) {
   const Params params = counted_params(config);

@@ -53,6 +53,11 @@ struct Transformer {
 // Sizes and costs, from the parameters that the building code itself makes; nothing is allocated.
 Params counted_params(const Config& config);
 int64_t parameter_count(const Config& config);
+struct Part {
+  const char* name;
+  int64_t parameters;
+};
+std::vector<Part> parameters_by_part(const Params& params);  // embedding, attention, experts, router, norms: all of them
 int64_t active_parameter_count(const Config& config);  // what one token passes through: top_k of the experts
 // Floating-point operations of forward and backward per token of a text of `length`: 6 per active weight of a matrix
 // product (the tied head included) and causal attention's scores and sums at half the square.

@@ -91,6 +91,19 @@ TEST_CASE("parameter counts of the experiment") {
   CHECK(parameter_count(with_attention({}, "enhanced")) == 444'821'504);
 }
 
+TEST_CASE("parameters by part") {
+  const auto parts_of = [](const char* name) {
+    std::vector<int64_t> counts;
+    for (const Part& part : parameters_by_part(counted_params(with_attention({}, name)))) counts.push_back(part.parameters);
+    return counts;
+  };
+  CHECK(parts_of("baseline") == std::vector<int64_t>{37'748'736, 23'592'960, 377'487'360, 61'440, 16'128});
+  // A bias is attention's, q_a's and kv_a's norms are norms.
+  const int64_t block_norms = 21 * 768;
+  CHECK(parts_of("lora") == std::vector<int64_t>{37'748'736, 427'605'504 - 37'748'736 - 377'487'360 - 61'440 - block_norms - 10 * 384,
+                                                 377'487'360, 61'440, block_norms + 10 * 384});
+}
+
 TEST_CASE("costs") {
   const Config baseline = with_attention({}, "baseline"), lora = with_attention({}, "lora");
   CHECK(kv_cache_bytes_per_token(baseline, 2) == 2 * 768 * 10 * 2);

@@ -15,6 +15,7 @@
 #include "engine/check.h"
 #include "tools/report/comparison.h"
 #include "tools/report/statistics.h"
+#include "tools/report/tensorboard.h"
 
 using namespace weft;
 using nlohmann::json;
@@ -376,6 +377,59 @@ TEST_CASE("report.json and the pictures carry the same numbers") {
   CHECK(says(picture, "<style>"));
   CHECK(fs::exists(folder.path / "report_1_val_loss.svg"));
   CHECK(says(read(folder.path / "metrics.csv"), ",lora,43,eval,100,"));
+  CHECK(fs::exists(folder.path / "tensorboard/2-lora-43/events.out.tfevents.0.weft"));
+}
+
+TEST_CASE("parameters by part are shown in millions, and only where a run records them") {
+  json results = good_results();
+  CHECK_FALSE(says(report_of(results), "Parameters by part"));
+  for (json& run : results["runs"])
+    run["parameters_by_part"] = {{"embedding", 37748736}, {"attention", 23592960}, {"experts", 377487360}, {"router", 61440}, {"norms", 16128}};
+  CHECK(says(report_of(results), "| `baseline` | 37.749 | 23.593 | 377.487 | 0.061 | 0.016 | 438.907 |"));
+  results["runs"][0]["parameters_by_part"]["router"] = "few";
+  const Folder folder(results.dump());
+  CHECK(says(error_of([&] { read_results(folder.path); }).what(), "runs[0].parameters_by_part.router: expected a number"));
+}
+
+TEST_CASE("TensorBoard event files: checksums, frames, names") {
+  // RFC 3720, B.4, and the check value of the CRC catalogue.
+  CHECK(crc32c("") == 0);
+  CHECK(crc32c("123456789") == 0xe3069283);
+  CHECK(crc32c(std::string(32, '\0')) == 0x8a9136aa);
+  CHECK(crc32c(std::string(32, '\xff')) == 0x62a8ab43);
+
+  const Folder folder(good_results().dump(),
+                      R"({"kind":"train","experiment_name":"../lora","seed":42,"micro_step":300,"loss":5.5,"lr":0.25,"grad_norm":2,"seconds":1})"
+                      "\n"
+                      R"({"kind":"eval","experiment_name":"../lora","seed":42,"micro_step":300,"val_loss":5.25,"val_accuracy":0.125})"
+                      "\n");
+  const Results r[] = {read_results(folder.path)};
+  CHECK(says((write_report(r, folder.path), read(folder.path / "metrics.csv")), ",../lora,42,train,300,,1,5.5,,2,0.25,\n"));
+  const std::string bytes = read(folder.path / "tensorboard/___lora-42/events.out.tfevents.0.weft");
+  const auto number = [&](size_t at, int size) {
+    uint64_t x = 0;
+    for (int i = size; i-- > 0;) x = x << 8 | static_cast<unsigned char>(bytes.at(at + static_cast<size_t>(i)));
+    return x;
+  };
+  const auto masked = [](const std::string& data) {
+    const uint32_t crc = crc32c(data);
+    return static_cast<uint32_t>((crc >> 15 | crc << 17) + 0xa282ead8u);
+  };
+  std::vector<std::string> records;
+  for (size_t at = 0; at < bytes.size();) {
+    const size_t size = number(at, 8);
+    CHECK(number(at + 8, 4) == masked(bytes.substr(at, 8)));
+    records.push_back(bytes.substr(at + 12, size));
+    CHECK(number(at + 12 + size, 4) == masked(records.back()));
+    at += size + 16;
+  }
+  REQUIRE(records.size() == 3);
+  CHECK(says(records[0], "\x1a\x0d" "brain.Event:2"));
+  CHECK(says(records[1], "\x10\xac\x02"));                                         // step 300
+  CHECK(says(records[1], std::string("\x0a\x0a" "loss/train\x15\x00\x00\xb0\x40", 17)));  // 5.5
+  CHECK(says(records[1], std::string("\x0a\x02lr\x15\x00\x00\x80\x3e", 9)));               // 0.25
+  CHECK(says(records[2], "loss/validation"));
+  CHECK(says(records[2], "accuracy/validation"));
 }
 
 TEST_CASE("writing: everything or nothing") {

@@ -73,6 +73,12 @@ TEST_CASE("a run folder holds the settings, the points and the results") {
     double sum = 0;
     for (const auto& [category, gigabytes] : r["peak_memory_by_category_gb"].items()) sum += gigabytes.get<double>();
     CHECK(sum == doctest::Approx(r["peak_memory_gb"].get<double>()));
+    int64_t parameters = 0;
+    for (const auto& [part, n] : r["parameters_by_part"].items()) {
+      CHECK_MESSAGE(n.get<int64_t>() > 0, part);
+      parameters += n.get<int64_t>();
+    }
+    CHECK(parameters == r["parameter_count"].get<int64_t>());
     for (const Json& layer : r["expert_load"]) {
       double share = 0;
       for (const Json& x : layer) share += x.get<double>();

@@ -1,5 +1,5 @@
 // report: compares the configurations of one or several run folders, writes report.md, report.html, report.json, the
-// pictures and metrics.csv, and prints report.md.
+// pictures, metrics.csv and TensorBoard's event files, and prints report.md.
 #include <CLI/CLI.hpp>
 #include <cstdio>
 

@@ -160,6 +160,8 @@ Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, con
   }
   Json by_category;
   for (int c = 0; c < kCategories; ++c) by_category[name_of(static_cast<Category>(c))] = gigabytes(stats.at_peak[c]);
+  Json by_part;
+  for (const Part& part : parameters_by_part(params)) by_part[part.name] = part.parameters;
   const double rate = busy_seconds > 0 ? static_cast<double>(done * tokens_per_step) / busy_seconds : 0;
   return Json{{"experiment_name", name},
               {"seed", seed},
@@ -178,6 +180,7 @@ Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, con
               {"peak_memory_by_category_gb", by_category},
               {"parameter_count", params.count()},
               {"parameters_millions", static_cast<double>(params.count()) / 1e6},
+              {"parameters_by_part", by_part},
               {"active_parameter_count", active_parameter_count(config)},
               {"flops_per_token", flops},
               {"kv_cache_bytes_per_token", kv_cache_bytes_per_token(config, size_of(recipe.precision))},

@@ -12,6 +12,7 @@
 #include "engine/check.h"
 #include "tools/report/chart.h"
 #include "tools/report/comparison.h"
+#include "tools/report/tensorboard.h"
 
 namespace weft {
 namespace {
@@ -319,47 +320,65 @@ void add_costs(Document& out, const Results& r, const ReportOptions& options) {
   if (!verdicts.empty()) out.push_back(Bullets{std::move(verdicts)});
 }
 
-// The mean over the complete runs of the memory held in one category at the moment of the peak.
-Value category_mean(const Results& r, const std::string& config, const std::string& category) {
+// The mean over the complete runs of one part of something.
+Value part_mean(const Results& r, const std::string& config, Parts Run::*parts, const std::string& part) {
   std::vector<double> values;
   for (const Run& run : r.runs)
     if (run.experiment == config && run.complete)
-      for (const auto& [name, gb] : run.peak_by_category)
-        if (name == category) values.push_back(gb);
+      for (const auto& [name, amount] : run.*parts)
+        if (name == part) values.push_back(amount);
   return values.empty() ? Value() : Value(summarise(values).mean);
 }
 
-void add_memory(Document& out, const Results& r, const std::string& prefix) {
-  std::vector<std::string> categories;
+// A table of parts and their sum, a row for each configuration, and the same as stacks.
+struct Breakdown {
+  std::vector<std::string> parts;
+  Table table;
+  std::vector<Stack> stacks;
+};
+Breakdown break_down(const Results& r, Parts Run::*member, double scale) {
+  Breakdown b{{}, {{"Experiment"}, {}}, {}};
   for (const Run& run : r.runs)
-    for (const auto& entry : run.peak_by_category)
-      if (std::find(categories.begin(), categories.end(), entry.first) == categories.end()) categories.push_back(entry.first);
+    for (const auto& entry : run.*member)
+      if (std::find(b.parts.begin(), b.parts.end(), entry.first) == b.parts.end()) b.parts.push_back(entry.first);
+  b.table.head.insert(b.table.head.end(), b.parts.begin(), b.parts.end());
+  b.table.head.push_back("sum");
+  for (const std::string& config : r.setup.configs) {
+    std::vector<std::string> row{code(config)};
+    Stack& stack = b.stacks.emplace_back(Stack{config, {}});
+    Value sum;
+    for (const std::string& part : b.parts) {
+      const Value amount = part_mean(r, config, member, part);
+      if (amount) sum = sum.value_or(0) + *amount;
+      stack.parts.push_back(scale * amount.value_or(0));
+      row.push_back(amount ? shown(scale * *amount, 3) : "missing");
+    }
+    row.push_back(sum ? shown(scale * *sum, 3) : "missing");
+    b.table.rows.push_back(std::move(row));
+  }
+  return b;
+}
+
+void add_parameters(Document& out, const Results& r) {
+  Breakdown b = break_down(r, &Run::parameters_by_part, 1e-6);
+  if (b.parts.empty()) return;
+  out.push_back(Heading{3, "Parameters by part (M)"});
+  out.push_back(std::move(b.table));
+  out.push_back(Paragraph{"Millions of parameters. The configurations differ in attention and its norms alone; the embedding is also the "
+                          "output layer."});
+}
+
+void add_memory(Document& out, const Results& r, const std::string& prefix) {
+  Breakdown b = break_down(r, &Run::peak_by_category, 1);
   out.push_back(Heading{3, "Peak memory by category (GB)"});
-  if (categories.empty()) {
+  if (b.parts.empty()) {
     out.push_back(Paragraph{"Not recorded."});
     return;
   }
-  Table table{{"Experiment"}, {}};
-  table.head.insert(table.head.end(), categories.begin(), categories.end());
-  table.head.push_back("sum");
-  std::vector<Stack> stacks;
-  for (const std::string& config : r.setup.configs) {
-    std::vector<std::string> row{code(config)};
-    Stack& stack = stacks.emplace_back(Stack{config, {}});
-    Value sum;
-    for (const std::string& category : categories) {
-      const Value gb = category_mean(r, config, category);
-      if (gb) sum = sum.value_or(0) + *gb;
-      stack.parts.push_back(gb.value_or(0));
-      row.push_back(gb ? shown(*gb, 3) : "missing");
-    }
-    row.push_back(sum ? shown(*sum, 3) : "missing");
-    table.rows.push_back(std::move(row));
-  }
-  out.push_back(std::move(table));
+  out.push_back(std::move(b.table));
   out.push_back(Paragraph{"What each category held at the moment of the peak, in 10⁹ bytes, mean over the complete seeds."});
   add_figure(out, prefix + "memory.svg", "Memory at the peak, by category (GB).",
-             stack_chart(stacks, categories, "GB at the moment of the peak"));
+             stack_chart(b.stacks, b.parts, "GB at the moment of the peak"));
 }
 
 std::vector<std::vector<double>> mean_load(const Results& r, const std::string& config) {
@@ -554,6 +573,7 @@ void add_folder(Document& out, const Results& r, const ReportOptions& options, c
   add_comparisons(out, r, losses, options, prefix);
   add_curves(out, r, prefix);
   add_costs(out, r, options);
+  add_parameters(out, r);
   add_memory(out, r, prefix);
   add_expert_load(out, r, prefix);
   add_published(out, r);
@@ -669,15 +689,40 @@ std::string csv_cell(const std::string& text) {
 }
 
 std::string make_csv(std::span<const Results> folders) {
-  std::string out = "folder,experiment_name,seed,kind,micro_step,tokens,seconds,loss\n";
+  std::string out = "folder,experiment_name,seed,kind,micro_step,tokens,seconds,loss,accuracy,grad_norm,lr,memory_gb\n";
   const auto cell = [](const Value& v) { return v ? fmt::format("{}", *v) : std::string(); };
   for (const Results& r : folders)
     for (const auto& [run, curves] : r.curves)
       for (const auto& [kind, points] : {std::pair{"train", &curves.train}, std::pair{"eval", &curves.eval}})
         for (const Point& p : *points)
-          out += fmt::format("{},{},{},{},{},{},{},{}\n", csv_cell(r.folder.string()), csv_cell(run.first), run.second, kind, p.micro_step,
-                             cell(p.tokens), cell(p.seconds), cell(p.loss));
+          out += fmt::format("{},{},{},{},{},{},{},{},{},{},{},{}\n", csv_cell(r.folder.string()), csv_cell(run.first), run.second, kind,
+                             p.micro_step, cell(p.tokens), cell(p.seconds), cell(p.loss), cell(p.accuracy), cell(p.grad_norm),
+                             cell(p.lr), cell(p.memory_gb));
   return out;
+}
+
+// A file name from foreign text.
+std::string file_name(std::string text) {
+  for (char& c : text)
+    if (!std::isalnum(static_cast<unsigned char>(c)) && c != '_' && c != '-') c = '_';
+  return text.substr(0, 100);
+}
+
+std::string make_events(const Curves& curves) {
+  std::vector<ScalarEvent> events;
+  for (const std::vector<Point>* points : {&curves.train, &curves.eval})
+    for (const Point& p : *points) {
+      ScalarEvent& event = events.emplace_back(ScalarEvent{p.seconds.value_or(0), p.micro_step, {}});
+      const auto add = [&](const char* tag, const Value& value) {
+        if (value) event.values.emplace_back(tag, static_cast<float>(*value));
+      };
+      add(points == &curves.train ? "loss/train" : "loss/validation", p.loss);
+      add("accuracy/validation", p.accuracy);
+      add("grad_norm", p.grad_norm);
+      add("lr", p.lr);
+      add("memory_gb", p.memory_gb);
+    }
+  return tensorboard_events(events);
 }
 
 struct Output {
@@ -691,12 +736,16 @@ void write_all(const std::filesystem::path& out, const std::vector<Output>& file
   for (const Output& file : files)
     if (std::filesystem::is_directory(out / file.name, error))
       fail(Fault::io, "{}: cannot be written: it is a folder", (out / file.name).string());
+  for (const Output& file : files)
+    if (!std::filesystem::create_directories((out / file.name).parent_path(), error) && error)
+      fail(Fault::io, "{}: cannot be written: {}", (out / file.name).string(), error.message());
   std::vector<std::filesystem::path> waiting;
   const auto clean = [&] {
     for (const auto& path : waiting) std::filesystem::remove(path, error);
   };
   for (const Output& file : files) {
-    const std::filesystem::path path = out / fmt::format(".{}.{}.part", file.name, ::getpid());
+    const std::filesystem::path target = out / file.name;
+    const std::filesystem::path path = target.parent_path() / fmt::format(".{}.{}.part", target.filename().string(), ::getpid());
     waiting.push_back(path);
     std::ofstream stream(path, std::ios::binary | std::ios::trunc);
     stream << file.content;
@@ -741,6 +790,10 @@ std::string write_report(std::span<const Results> folders, const std::filesystem
   for (const Block& block : document)
     if (const Figure* figure = std::get_if<Figure>(&block); figure && !figure->file.empty())
       files.push_back({figure->file, standalone_svg(figure->svg)});
+  for (size_t i = 0; i < folders.size(); ++i)
+    for (const auto& [run, curves] : folders[i].curves)
+      files.push_back({fmt::format("tensorboard/{}{}-{}/events.out.tfevents.0.weft", folders.size() > 1 ? fmt::format("{}-", i + 1) : "",
+                                   file_name(run.first), run.second), make_events(curves)});
   files.push_back({"report.md", markdown});
   write_all(out, files);
   return markdown;

@@ -15,8 +15,9 @@ struct ReportOptions {
 
 Document make_report(std::span<const Results> folders, const ReportOptions& options = {});
 
-// Renders report.md, its pictures, report.html, report.json and metrics.csv, then puts each in place by a rename; report.md
-// is the last. Returns its text.
+// Renders report.md, its pictures, report.html, report.json, metrics.csv and tensorboard/<config>-<seed>/ (TensorBoard's event
+// files; its wall time is the seconds since the run's start), then puts each in place by a rename; report.md is the last.
+// Returns its text.
 std::string write_report(std::span<const Results> folders, const std::filesystem::path& out,
                          const ReportOptions& options = {});
 

@@ -6,6 +6,7 @@
 #include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <span>
 
 #include "engine/check.h"
 
@@ -16,6 +17,7 @@ using nlohmann::json;
 constexpr const char* kSchema = "weft-results-1";
 constexpr double kLargest = 1e30;  // beyond any measurement, and squares of it still add up
 constexpr const char* kCategories[] = {"parameter", "gradient", "optimizer", "activation", "workspace", "data"};
+constexpr const char* kModelParts[] = {"embedding", "attention", "experts", "router", "norms"};
 
 std::string kind_of(const json& value) {
   if (value.is_string()) return fmt::format("the text \"{}\"", value.get<std::string>().substr(0, 60));
@@ -142,6 +144,16 @@ Setup read_setup(const Fields& in) {
   return s;
 }
 
+Parts read_parts(const Fields& in, const char* key, std::span<const char* const> names) {
+  Parts parts;
+  if (const json* object = in.find(key)) {
+    const Fields amounts(*object, in.place(key));
+    for (const char* name : names)
+      if (const Value amount = amounts.maybe_amount(name)) parts.emplace_back(name, *amount);
+  }
+  return parts;
+}
+
 Run read_run(const Fields& in) {
   Run r;
   r.experiment = in.need_text("experiment_name");
@@ -167,11 +179,8 @@ Run read_run(const Fields& in) {
   // Parameters are shown in millions from their exact count; the rounded figure serves where the count is absent.
   if (const Value millions = in.maybe_amount("parameters_millions"); millions && !r.parameter_count)
     r.parameter_count = *millions * 1e6;
-  if (const json* peak = in.find("peak_memory_by_category_gb")) {
-    const Fields categories(*peak, in.place("peak_memory_by_category_gb"));
-    for (const char* name : kCategories)
-      if (const Value gb = categories.maybe_amount(name)) r.peak_by_category.emplace_back(name, *gb);
-  }
+  r.peak_by_category = read_parts(in, "peak_memory_by_category_gb", kCategories);
+  r.parameters_by_part = read_parts(in, "parameters_by_part", kModelParts);
   if (const json* load = in.find("expert_load"))
     for (const json& layer : array(*load, in.place("expert_load"))) {
       std::vector<double>& fractions = r.expert_load.emplace_back();
@@ -214,6 +223,10 @@ void read_metrics(const std::filesystem::path& path, Results& results) {
     point.tokens = in.maybe_amount("tokens");
     point.seconds = in.maybe_amount("seconds");
     point.loss = in.maybe_number(kind == "train" ? "loss" : "val_loss");
+    point.accuracy = in.maybe_amount("val_accuracy");
+    point.grad_norm = in.maybe_amount("grad_norm");
+    point.lr = in.maybe_amount("lr");
+    point.memory_gb = in.maybe_amount("memory_gb");
     auto& [train, eval] = seen[{in.need_text("experiment_name"), in.need_integer("seed")}];
     // A continued run writes again what the interrupted one wrote: the later line stands.
     if (point.loss) (kind == "train" ? train : eval)[point.micro_step] = point;

@@ -22,6 +22,7 @@ struct Setup {
 };
 
 using Value = std::optional<double>;
+using Parts = std::vector<std::pair<std::string, double>>;  // in a fixed order of names
 
 struct Run {
   std::string experiment;
@@ -31,13 +32,14 @@ struct Run {
   Value val_loss, val_accuracy, val_perplexity, train_loss, training_time_minutes, initial_memory_gb, peak_memory_gb,
       final_memory_gb, memory_used_gb, parameter_count, active_parameter_count, flops_per_token,
       kv_cache_bytes_per_token, tokens_per_second, step_ms_median, mfu;
-  std::vector<std::pair<std::string, double>> peak_by_category;  // 1e9 bytes, in the fixed order of categories
-  std::vector<std::vector<double>> expert_load;                  // [layer][expert], fractions
+  Parts peak_by_category;    // 1e9 bytes
+  Parts parameters_by_part;
+  std::vector<std::vector<double>> expert_load;  // [layer][expert], fractions
 };
 
 struct Point {
   int64_t micro_step = 0;
-  Value tokens, seconds, loss;
+  Value tokens, seconds, loss, accuracy, grad_norm, lr, memory_gb;
 };
 struct Curves {
   std::vector<Point> train, eval;  // by micro-step, each once
