@@ -215,45 +215,72 @@ void TokenFile::check_ids(int64_t n, int64_t vocab_size) const {
   }
 }
 
-void write_token_file(const std::string& path, std::span<const int32_t> tokens, TokenWidth width) {
-  const auto count = static_cast<int64_t>(tokens.size());
-  if (count == 0) fail(Fault::data, "{}: no tokens to write", path);
-  if (count > std::numeric_limits<int32_t>::max()) {
-    fail(Fault::data, "{}: {} tokens, a token file holds at most 2147483647; write several", path, count);
-  }
-  const int32_t largest = width == TokenWidth::u16 ? 65535 : std::numeric_limits<int32_t>::max();
-  const auto& format = width == TokenWidth::u16 ? kFormats[0] : kFormats[1];
-  for (int64_t i = 0; i < count; ++i) {
-    if (tokens[i] < 0 || tokens[i] > largest) {
-      fail(Fault::data, "{}: token {} has id {}, expected 0 to {}", path, i, tokens[i], largest);
-    }
-  }
-
-  const std::string unfinished = path + ".unfinished." + std::to_string(::getpid());
-  Descriptor file(::open(unfinished.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644));
-  if (file.get() < 0) fail(Fault::io, "{}: cannot create: {}", unfinished, reason());
-  const auto stop = [&](const char* what) {
-    const std::string why = reason();
-    ::unlink(unfinished.c_str());
-    fail(Fault::io, "{}: cannot {}: {}", path, what, why);
-  };
-  const auto write = [&](const void* data, int64_t bytes) {
-    for (int64_t done = 0; done < bytes;) {
-      const ssize_t put = ::write(file.get(), static_cast<const char*>(data) + done, static_cast<size_t>(bytes - done));
-      if (put < 0 && errno != EINTR) stop("write");
-      done += std::max<ssize_t>(put, 0);
-    }
-  };
-  std::array<int32_t, kHeaderInts> header{format.magic, format.version, static_cast<int32_t>(count)};
+TokenWriter::TokenWriter(std::string path, TokenWidth width)
+    : path_(std::move(path)), unfinished_(path_ + ".unfinished." + std::to_string(::getpid())), width_(width) {
+  Descriptor file(::open(unfinished_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644));
+  if (file.get() < 0) fail(Fault::io, "{}: cannot create: {}", unfinished_, reason());
+  file_ = file.release();
+  const std::array<int32_t, kHeaderInts> header{};
   write(header.data(), kHeaderBytes);
-  if (width == TokenWidth::u16) {
-    const std::vector<uint16_t> narrow(tokens.begin(), tokens.end());
-    write(narrow.data(), 2 * count);
-  } else {
-    write(tokens.data(), 4 * count);
+}
+
+TokenWriter::TokenWriter(TokenWriter&& other) noexcept
+    : path_(std::move(other.path_)),
+      unfinished_(std::move(other.unfinished_)),
+      width_(other.width_),
+      file_(std::exchange(other.file_, -1)),
+      count_(other.count_) {}
+
+TokenWriter::~TokenWriter() {
+  if (file_ < 0) return;
+  ::close(file_);
+  ::unlink(unfinished_.c_str());
+}
+
+void TokenWriter::write(const void* data, int64_t bytes) {
+  for (int64_t done = 0; done < bytes;) {
+    const ssize_t put = ::write(file_, static_cast<const char*>(data) + done, static_cast<size_t>(bytes - done));
+    if (put < 0 && errno != EINTR) fail(Fault::io, "{}: cannot write: {}", path_, reason());
+    done += std::max<ssize_t>(put, 0);
   }
-  if (::fsync(file.get()) != 0) stop("flush");
-  if (::rename(unfinished.c_str(), path.c_str()) != 0) stop("rename the finished file");
+}
+
+void TokenWriter::append(std::span<const int32_t> tokens) {
+  const auto n = static_cast<int64_t>(tokens.size());
+  if (n > std::numeric_limits<int32_t>::max() - count_) {
+    fail(Fault::data, "{}: {} tokens, a token file holds at most 2147483647; write several", path_, count_ + n);
+  }
+  const int32_t largest = width_ == TokenWidth::u16 ? 65535 : std::numeric_limits<int32_t>::max();
+  for (int64_t i = 0; i < n; ++i) {
+    if (tokens[i] < 0 || tokens[i] > largest) {
+      fail(Fault::data, "{}: token {} has id {}, expected 0 to {}", path_, count_ + i, tokens[i], largest);
+    }
+  }
+  if (width_ == TokenWidth::u16) {
+    const std::vector<uint16_t> narrow(tokens.begin(), tokens.end());
+    write(narrow.data(), 2 * n);
+  } else {
+    write(tokens.data(), 4 * n);
+  }
+  count_ += n;
+}
+
+void TokenWriter::finish() {
+  if (count_ == 0) fail(Fault::data, "{}: no tokens to write", path_);
+  const auto& format = width_ == TokenWidth::u16 ? kFormats[0] : kFormats[1];
+  const int32_t header[] = {format.magic, format.version, static_cast<int32_t>(count_)};
+  if (::pwrite(file_, header, sizeof header, 0) != sizeof header) fail(Fault::io, "{}: cannot write: {}", path_, reason());
+  if (::fsync(file_) != 0) fail(Fault::io, "{}: cannot flush: {}", path_, reason());
+  if (::rename(unfinished_.c_str(), path_.c_str()) != 0) {
+    fail(Fault::io, "{}: cannot rename the finished file: {}", path_, reason());
+  }
+  ::close(std::exchange(file_, -1));
+}
+
+void write_token_file(const std::string& path, std::span<const int32_t> tokens, TokenWidth width) {
+  TokenWriter writer(path, width);
+  writer.append(tokens);
+  writer.finish();
 }
 
 }  // namespace weft

@@ -41,6 +41,30 @@ class TokenFile {
   uint64_t device_ = 0, inode_ = 0;
 };
 
+// Writes a token file piece by piece, in constant memory. The file is whole only after finish(); a writer that goes
+// before that removes it.
+class TokenWriter {
+ public:
+  TokenWriter(std::string path, TokenWidth width);
+  ~TokenWriter();
+  TokenWriter(TokenWriter&& other) noexcept;
+  TokenWriter& operator=(TokenWriter&&) = delete;
+
+  const std::string& path() const { return path_; }
+  int64_t size() const { return count_; }
+  // Fault::data for an id that the width does not hold, and beyond 2^31 - 1 tokens.
+  void append(std::span<const int32_t> tokens);
+  void finish();
+
+ private:
+  void write(const void* data, int64_t bytes);
+
+  std::string path_, unfinished_;
+  TokenWidth width_;
+  int file_ = -1;
+  int64_t count_ = 0;
+};
+
 // Writes beside `path` and renames at the end: `path` is never half written.
 void write_token_file(const std::string& path, std::span<const int32_t> tokens, TokenWidth width);
 
