@@ -391,6 +391,24 @@ TEST_CASE("parameters by part are shown in millions, and only where a run record
   CHECK(says(error_of([&] { read_results(folder.path); }).what(), "runs[0].parameters_by_part.router: expected a number"));
 }
 
+TEST_CASE("the memory timeline of a step is drawn with its peak, and checked") {
+  const Folder folder(good_results().dump());
+  const fs::path file = folder.path / "memory_timeline_lora_43.csv";
+  std::string csv = "sequence,bytes,category,layer,allocated\n";
+  for (int i = 0; i < 1000; ++i)
+    csv += fmt::format("{},{},activation,\"a,b\",{}\n", i, i % 2 ? -1 : 1, i == 501 ? 7'000'000'000 : 2'000'000'000 + i);
+  write(file, csv);
+  const Results r[] = {read_results(folder.path)};
+  const std::string text = write_report(r, folder.path);
+  CHECK(says(text, "Memory during one optimizer step"));
+  CHECK(says(text, "`lora` with seed 43 (1000 events)"));
+  CHECK(says(read(folder.path / "report_memory_timeline.svg"), "lora: 7.0000 (2.0000 to 7.0000)"));
+  write(file, csv + "1000,1,data,x,-5\n");
+  CHECK(says(error_of([&] { read_results(folder.path); }).what(), "memory_timeline_lora_43.csv:1002: allocated"));
+  write(file, "a,b\n");
+  CHECK(error_of([&] { read_results(folder.path); }).fault() == Fault::data);
+}
+
 TEST_CASE("TensorBoard event files: checksums, frames, names") {
   // RFC 3720, B.4, and the check value of the CRC catalogue.
   CHECK(crc32c("") == 0);

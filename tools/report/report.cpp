@@ -381,6 +381,32 @@ void add_memory(Document& out, const Results& r, const std::string& prefix) {
              stack_chart(b.stacks, b.parts, "GB at the moment of the peak"));
 }
 
+// At most 250 points over a step, each the highest of its events: no peak gets lost. The band reaches to the lowest.
+void add_timeline(Document& out, const Results& r, const std::string& prefix) {
+  constexpr size_t kMostPoints = 250;
+  std::vector<Series> series;
+  std::string seeds;
+  for (const std::string& config : r.setup.configs) {
+    Series& s = series.emplace_back(Series{config, {}});  // also where there is none: a configuration keeps its colour
+    const auto found = r.timelines.find(config);
+    if (found == r.timelines.end()) continue;
+    const std::vector<double>& gb = found->second.allocated_gb;
+    const size_t together = (gb.size() + kMostPoints - 1) / kMostPoints;
+    for (size_t i = 0; i < gb.size(); i += together) {
+      const size_t end = std::min(gb.size(), i + together);
+      const auto [low, high] = std::minmax_element(gb.begin() + static_cast<int64_t>(i), gb.begin() + static_cast<int64_t>(end));
+      s.points.push_back({100.0 * static_cast<double>(end) / static_cast<double>(gb.size()), *high, *low, *high});
+    }
+    if (!gb.empty()) seeds += fmt::format("{}{} with seed {} ({} events)", seeds.empty() ? "" : ", ", code(config), found->second.seed, gb.size());
+  }
+  if (seeds.empty()) return;
+  out.push_back(Heading{3, "Memory during one optimizer step"});
+  add_figure(out, prefix + "memory_timeline.svg",
+             fmt::format("Memory handed out by the allocator after each allocation and release, over the share of the step's events that "
+                         "are past (their order, not their time): {}. The band spans the events that share a point.", seeds),
+             line_chart(series, "% of the step's events", "allocated (GB)", 0));
+}
+
 std::vector<std::vector<double>> mean_load(const Results& r, const std::string& config) {
   std::vector<std::vector<double>> sum;
   double runs = 0;
@@ -575,6 +601,7 @@ void add_folder(Document& out, const Results& r, const ReportOptions& options, c
   add_costs(out, r, options);
   add_parameters(out, r);
   add_memory(out, r, prefix);
+  add_timeline(out, r, prefix);
   add_expert_load(out, r, prefix);
   add_published(out, r);
 }

@@ -1,12 +1,14 @@
 #include "tools/report/results.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <fstream>
 #include <iterator>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <span>
+#include <sstream>
 
 #include "engine/check.h"
 
@@ -238,6 +240,38 @@ void read_metrics(const std::filesystem::path& path, Results& results) {
   }
 }
 
+// memory_timeline_<config>_<seed>.csv, whose last column is the allocator's total in bytes.
+std::vector<double> read_timeline(const std::filesystem::path& path) {
+  std::istringstream in(read_file(path));
+  std::string line;
+  std::getline(in, line);
+  if (line != "sequence,bytes,category,layer,allocated")
+    fail(Fault::data, "{}:1: expected sequence,bytes,category,layer,allocated, found another head", path.string());
+  std::vector<double> gigabytes;
+  for (int64_t number = 2; std::getline(in, line); ++number) {
+    const char* begin = line.data() + line.rfind(',') + 1;  // a layer's name may hold commas, and comes before
+    const char* end = line.data() + line.size();
+    int64_t bytes = -1;
+    if (std::from_chars(begin, end, bytes).ptr != end || bytes < 0)
+      fail(Fault::data, "{}:{}: allocated: expected a count of bytes, found something else", path.string(), number);
+    gigabytes.push_back(static_cast<double>(bytes) / 1e9);
+  }
+  return gigabytes;
+}
+
+void read_timelines(const std::filesystem::path& folder, Results& results) {
+  for (const std::string& config : results.setup.configs) {
+    if (config.find('/') != std::string::npos) continue;  // no name of train_exp1's, and a way out of the folder
+    for (const int64_t seed : results.setup.seeds) {
+      const std::filesystem::path path = folder / fmt::format("memory_timeline_{}_{}.csv", config, seed);
+      std::error_code error;
+      if (!std::filesystem::is_regular_file(path, error)) continue;
+      results.timelines[config] = {seed, read_timeline(path)};
+      break;
+    }
+  }
+}
+
 }  // namespace
 
 const Run* Results::find(const std::string& experiment, int64_t seed) const {
@@ -281,6 +315,7 @@ Results read_results(const std::filesystem::path& folder) {
     results.runs.push_back(std::move(run));
   }
   read_metrics(folder / "metrics.jsonl", results);
+  read_timelines(folder, results);
   return results;
 }
 

@@ -1,4 +1,5 @@
-// What a run folder of train_exp1 holds, as the report reads it: results.json and metrics.jsonl, checked field by field.
+// What a run folder of train_exp1 holds, as the report reads it: results.json, metrics.jsonl and the memory
+// timelines, checked field by field.
 // A complaint names the file and the field; nothing in these files is trusted, and nothing else is read.
 #pragma once
 #include <cstdint>
@@ -45,12 +46,18 @@ struct Curves {
   std::vector<Point> train, eval;  // by micro-step, each once
 };
 
+struct Timeline {
+  int64_t seed = 0;
+  std::vector<double> allocated_gb;  // after each allocation and release of one optimizer step, in order
+};
+
 struct Results {
   std::filesystem::path folder;
   std::string status;
   Setup setup;
   std::vector<Run> runs;                                       // at most one per configuration and seed
   std::map<std::pair<std::string, int64_t>, Curves> curves;    // by configuration and seed
+  std::map<std::string, Timeline> timelines;                   // by configuration: of its first seed that has one
   std::vector<std::string> remarks;                            // what was skipped while reading
 
   const Run* find(const std::string& experiment, int64_t seed) const;  // null when missing
