@@ -30,7 +30,12 @@ thread_local const char* scope_layer = "";
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-std::string human(int64_t bytes) { return fmt::format("{:.2f} MiB", static_cast<double>(bytes) / (1 << 20)); }
+std::string human(int64_t bytes) {
+  const double b = static_cast<double>(bytes);
+  if (bytes < 1 << 10) return fmt::format("{} B", bytes);
+  if (bytes < 1 << 20) return fmt::format("{:.2f} KiB", b / (1 << 10));
+  return bytes < 1 << 30 ? fmt::format("{:.2f} MiB", b / (1 << 20)) : fmt::format("{:.2f} GiB", b / (1 << 30));
+}
 
 struct Block {
   char* address;
@@ -183,6 +188,26 @@ struct CachingAllocator::Core {
   }
   int64_t largest_free() const { return std::max(largest(free_small), largest(free_large)); }
 
+  // What would help, judged by what is held.
+  std::string advice(int64_t bytes) const {
+    const int64_t total = static_cast<int64_t>(device->total()), idle = stats.reserved - stats.allocated;
+    const auto of = [&](Category c) { return stats.current[static_cast<int>(c)]; };
+    std::string smaller = "make the batch, the sequence or the model smaller";
+    if (of(Category::activation) > stats.allocated / 2) smaller = "make the batch or the sequence smaller";
+    if (of(Category::parameter) + of(Category::gradient) + of(Category::optimizer) > stats.allocated / 2)
+      smaller = "make the model smaller";
+    if (bytes > total) return "that is more than the whole device: " + smaller;
+    if (limit > 0 && limit < total && stats.reserved + round_up(bytes, kLargeUnit) > limit)
+      return smaller + ", or raise the memory limit";
+    std::string text;
+    if (bytes <= total - stats.reserved)
+      text = fmt::format("{} of the device is held by the driver, libraries or other programs: ",
+                         human(total - stats.reserved));
+    else if (bytes <= idle)
+      text = "what is idle would do, but it is in pieces between blocks in use: ";
+    return text + smaller;
+  }
+
   [[noreturn]] void out_of_memory(int64_t bytes) const {
     std::string held;
     for (int c = 0; c < kCategories; ++c)
@@ -190,14 +215,13 @@ struct CachingAllocator::Core {
         held += fmt::format("{}{} {}", held.empty() ? "" : ", ", name_of(static_cast<Category>(c)),
                             human(stats.current[c]));
     const int64_t idle = stats.reserved - stats.allocated;
-    std::string advice = "make the batch, the sequence or the model smaller";
-    if (limit > 0 && limit < static_cast<int64_t>(device->total())) advice += ", or raise the memory limit";
     fail(Fault::device,
          "out of memory on {}: {} asked for {}{}{}; {} is held ({}), {} reserved of {}{}, {} of it idle with {} in one "
          "piece; {}",
          device->name(), human(bytes), name_of(scope_category), *scope_layer ? " of " : "", scope_layer,
          human(stats.allocated), held.empty() ? "nothing" : held, human(stats.reserved), human(device->total()),
-         limit > 0 ? fmt::format(" with a limit of {}", human(limit)) : "", human(idle), human(largest_free()), advice);
+         limit > 0 ? fmt::format(" with a limit of {}", human(limit)) : "", human(idle), human(largest_free()),
+         advice(bytes));
   }
 };
 
@@ -205,8 +229,13 @@ CachingAllocator::CachingAllocator(std::unique_ptr<DeviceMemory> device) : core_
   core_->device = std::move(device);
 }
 
-// Blocks still in use stay with the device: whoever holds them may yet read them.
-CachingAllocator::~CachingAllocator() { core_->release_cached(); }
+// Memory still in use stays with the device: whoever holds it may yet read it. Only what was known of it goes.
+CachingAllocator::~CachingAllocator() {
+  core_->release_cached();
+  for (const auto& [address, block] : core_->live) delete block;
+  for (const auto* blocks : {&core_->free_small, &core_->free_large})
+    for (const Block* block : *blocks) delete block;
+}
 
 void* CachingAllocator::allocate(int64_t bytes) {
   check(bytes >= 0, "an allocation has at least 0 bytes, found {}", bytes);

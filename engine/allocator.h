@@ -1,6 +1,6 @@
 // Caching allocator: asks the device for large segments and serves blocks from them, so that a training step makes no
 // device allocation after the first. Size classes, best fit, split and merge, per-pool statistics, limits.
-// Every block carries a Tag, so a peak can be explained. The device is behind DeviceMemory: the tests use a fake one.
+// Every block carries its category and layer, so a peak can be explained. The device is behind DeviceMemory: the tests use a fake one.
 // One compute stream: freed memory is safe to reuse at once, because work is ordered.
 #pragma once
 #include <array>

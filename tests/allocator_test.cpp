@@ -26,7 +26,8 @@ constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20;
 // What the fake device did; outlives the allocator that owns the device.
 struct Log {
   std::map<char*, int64_t> segments;
-  int64_t calls = 0, fail_at = -1, capacity = int64_t{1} << 40;  // call fail_at (from 0) and no other fails
+  int64_t calls = 0, fail_at = -1;  // call fail_at (from 0) fails by itself
+  int64_t capacity = int64_t{1} << 40, elsewhere = 0;  // what is for us, and what other programs hold
   int64_t held() const {
     int64_t bytes = 0;
     for (const auto& [address, size] : segments) bytes += size;
@@ -47,7 +48,7 @@ class FakeMemory : public DeviceMemory {
     return p;
   }
   void release(void* p) noexcept override { released_foreign_ |= log_.segments.erase(static_cast<char*>(p)) == 0; }
-  size_t total() const override { return static_cast<size_t>(log_.capacity); }
+  size_t total() const override { return static_cast<size_t>(log_.capacity + log_.elsewhere); }
   std::string name() const override { return "the fake device"; }
   ~FakeMemory() override {
     if (released_foreign_) std::abort();
@@ -180,7 +181,7 @@ TEST_CASE("a million random operations beside a naive model") {
   };
   std::vector<Live> live;
   std::map<char*, int64_t> extent;  // by address, of what was asked
-  ByCategory now{}, peak_moment{};
+  ByCategory now{}, own_peak{}, peak_moment{};
   std::array<std::array<int64_t, 4>, kCategories> by_layer{}, layer_moment{};
   int64_t requested = 0, allocated = 0, peak = 0, wrong = 0;
   const auto need = [&](bool ok, const char* what, int operation) {
@@ -225,14 +226,16 @@ TEST_CASE("a million random operations beside a naive model") {
       const int64_t size = a.stats().allocated - allocated;
       need(size >= asked && size < asked + 512 + (asked > kMiB - 512 ? kMiB : 0), "a block's size", i);
       live.push_back({p, asked, size, category, layer});
-      now[static_cast<size_t>(category)] += size;
+      int64_t& held = now[static_cast<size_t>(category)];
+      held += size;
+      own_peak[static_cast<size_t>(category)] = std::max(own_peak[static_cast<size_t>(category)], held);
       by_layer[static_cast<size_t>(category)][static_cast<size_t>(layer)] += size;
       requested += asked;
       allocated += size;
       if (allocated > peak) peak = allocated, peak_moment = now, layer_moment = by_layer;
     }
     const MemoryStats s = a.stats();
-    need(s.current == now, "the sums by category", i);
+    need(s.current == now && s.peak == own_peak, "the sums by category and their peaks", i);
     need(s.requested == requested && s.allocated == allocated, "the sums", i);
     need(s.peak_allocated == peak && s.at_peak == peak_moment, "the breakdown at the peak", i);
     need(sums_hold(s), "sums that must agree", i);
@@ -365,6 +368,42 @@ TEST_CASE("a limit holds, and the refusal says what was asked, what is held and 
   CHECK(text.find("optimizer") == std::string::npos);
   a.set_limit(0);
   CHECK(refusal(a, 25 * kMiB) == "");
+}
+
+TEST_CASE("a refusal's advice follows from what is held") {
+  const auto advice = [](CachingAllocator& a, int64_t bytes, const char* expected) {
+    const std::string text = refusal(a, bytes);
+    CAPTURE(text);
+    CAPTURE(expected);
+    CHECK(text.find(expected) != std::string::npos);
+  };
+  Log log;
+  log.capacity = 64 * kMiB;
+  CachingAllocator a(fake(log));
+  advice(a, 3 * 1024 * kMiB, "3.00 GiB asked for activation; 0 B is held (nothing)");
+  advice(a, 65 * kMiB, "more than the whole device: make the batch, the sequence or the model smaller");
+  // 30 MiB in use, 30 in use and 4 that the device lost to another program
+  void* first = a.allocate(30 * kMiB);
+  void* second = a.allocate(30 * kMiB);
+  log.capacity = 60 * kMiB;
+  log.elsewhere = 4 * kMiB;
+  advice(a, 3 * kMiB, "4.00 MiB of the device is held by the driver, libraries or other programs: make the batch or "
+                      "the sequence smaller");
+  advice(a, 700, "700 B asked");
+  advice(a, 5 * kMiB, "in one piece; make the batch or the sequence smaller");
+  a.free(first);
+  a.free(second);
+  // One segment of 60 MiB with a parameter at its start and one in its middle, so what is idle is in two pieces.
+  a.release_cached();
+  a.free(a.allocate(60 * kMiB));
+  const MemoryScope scope(Category::parameter, "w");
+  void* start = a.allocate(10 * kMiB);
+  void* gap = a.allocate(20 * kMiB);
+  void* middle = a.allocate(10 * kMiB);
+  a.free(gap);
+  advice(a, 30 * kMiB, "what is idle would do, but it is in pieces between blocks in use: make the model smaller");
+  a.free(start);
+  a.free(middle);
 }
 
 TEST_CASE("scopes nest, and each thread has its own") {
