@@ -38,8 +38,10 @@ void check_in_place(Device device) {
     double sum = 0, squares = 0;
     for (int64_t i = 0; i < x.numel(); ++i) {
       sum += host.data<float>()[i], squares += std::pow(host.data<float>()[i], 2);
-      if (i < 100)
-        CHECK(host.data<float>()[i] == doctest::Approx(2 * random_normal({5, 6}, static_cast<uint64_t>(i))).epsilon(dtype == DType::f32 ? 1e-5 : 0.005));
+      if (i < 100) {
+        const double drawn = 2 * random_normal({5, 6}, static_cast<uint64_t>(i));
+        CHECK(host.data<float>()[i] == doctest::Approx(drawn).epsilon(dtype == DType::f32 ? 1e-5 : 0.005));
+      }
     }
     CHECK(std::abs(sum / 1e5) < 5 * 2 / std::sqrt(1e5));
     CHECK(squares / 1e5 == doctest::Approx(4).epsilon(5 * std::sqrt(2 / 1e5)));
@@ -50,9 +52,25 @@ void check_in_place(Device device) {
   }
 }
 
+// More tensors than one launch takes, of sizes below, at and above the range that one block sums, at odd addresses.
+void check_squared_norm_of_many(Device device) {
+  std::vector<Tensor> xs;
+  double expected = 0;
+  for (int64_t i = 0; i < 300; ++i) {
+    const int64_t n = i % 50 == 0 ? 65536 : i % 50 == 1 ? 65536 * 2 + 5 : i % 50 == 2 ? 0 : 3 * i + 1;
+    const Tensor x = Tensor::empty({n + 3}, i % 2 == 0 ? DType::f32 : DType::bf16, device);
+    fill(x, 0.5);
+    xs.push_back(x.rows(i % 4, n + i % 4));
+    expected += 0.25 * static_cast<double>(n);
+  }
+  CHECK(squared_norm(xs).item() == expected);
+}
+
 }  // namespace
 
+TEST_CASE("the squared norm of many tensors on the CPU") { check_squared_norm_of_many(Device::cpu); }
 TEST_CASE("in-place ops on the CPU") { check_in_place(Device::cpu); }
 TEST_SUITE("cuda") {
+  TEST_CASE("the squared norm of many tensors on the GPU") { check_squared_norm_of_many(Device::cuda); }
   TEST_CASE("in-place ops on the GPU") { check_in_place(Device::cuda); }
 }

@@ -119,8 +119,8 @@ std::string Gemm::str() const {
 }
 
 void check_gemm(const Gemm& g) {
-  check(g.m >= 0 && g.n >= 0 && g.k >= 0 && g.batch >= 0 && (g.out == g.dtype || (g.dtype == DType::bf16 && g.out == DType::f32)) &&
-            (!g.bias || g.beta == 0),
+  const bool types_agree = g.out == g.dtype || (g.dtype == DType::bf16 && g.out == DType::f32);
+  check(g.m >= 0 && g.n >= 0 && g.k >= 0 && g.batch >= 0 && types_agree && (!g.bias || g.beta == 0),
         "a product that contradicts itself: {}", g.str());
   check(std::max({g.m, g.n, g.k, g.batch, g.row_a(), g.row_b(), g.row_c()}) <= INT_MAX,
         "a product is too large for BLAS: {}", g.str());

@@ -30,7 +30,8 @@ cublasLtHandle_t handle() {
   static cublasLtHandle_t h = [] {
     cublasLtHandle_t created = nullptr;
     const cublasStatus_t status = cublasLtCreate(&created);
-    if (status != CUBLAS_STATUS_SUCCESS) fail(Fault::device, "cuBLASLt could not start: {}", cublasLtGetStatusString(status));
+    if (status != CUBLAS_STATUS_SUCCESS)
+      fail(Fault::device, "cuBLASLt could not start: {}", cublasLtGetStatusString(status));
     return created;
   }();
   return h;
@@ -70,16 +71,18 @@ Layout layout(const Gemm& g, DType type, int64_t rows, int64_t columns, int64_t 
                                         static_cast<uint64_t>(rows), pitch), "layout", g);
   Layout owned(made);
   const int32_t batch = static_cast<int32_t>(g.batch);
-  blas_check(cublasLtMatrixLayoutSetAttribute(made, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch), "batch", g);
-  blas_check(cublasLtMatrixLayoutSetAttribute(made, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride, sizeof stride),
-             "stride", g);
+  const auto set = [&](cublasLtMatrixLayoutAttribute_t attribute, const auto& value) {
+    blas_check(cublasLtMatrixLayoutSetAttribute(made, attribute, &value, sizeof value), "layout", g);
+  };
+  set(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, batch);
+  set(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, stride);
   return owned;
 }
 
 void multiply(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Gemm& g, void* out) {
   const float one = 1, beta = static_cast<float>(g.beta);
-  blas_check(cublasLtMatmul(handle(), plan.description.get(), &one, g.b, plan.first.get(), g.a, plan.second.get(), &beta,
-                            out, plan.result.get(), out, plan.result.get(), &algorithm, workspace(),
+  blas_check(cublasLtMatmul(handle(), plan.description.get(), &one, g.b, plan.first.get(), g.a, plan.second.get(),
+                            &beta, out, plan.result.get(), out, plan.result.get(), &algorithm, workspace(),
                             static_cast<size_t>(kWorkspace), compute_stream()), "product", g);
 }
 
@@ -104,9 +107,10 @@ cublasLtMatmulAlgo_t fastest(const Plan& plan, const Gemm& g,
   int best = 0;
   float best_time = 0;
   for (int i = 0; i < found; ++i) {
-    multiply(plan, candidates[static_cast<size_t>(i)].algo, g, scratch.data());
+    const cublasLtMatmulAlgo_t& algorithm = candidates[static_cast<size_t>(i)].algo;
+    multiply(plan, algorithm, g, scratch.data());
     cuda_check(cudaEventRecord(events.start, compute_stream()), "cudaEventRecord");
-    for (int run = 0; run < kTimedRuns; ++run) multiply(plan, candidates[static_cast<size_t>(i)].algo, g, scratch.data());
+    for (int run = 0; run < kTimedRuns; ++run) multiply(plan, algorithm, g, scratch.data());
     cuda_check(cudaEventRecord(events.stop, compute_stream()), "cudaEventRecord");
     cuda_check(cudaEventSynchronize(events.stop), "cudaEventSynchronize");
     float time = 0;
@@ -116,9 +120,14 @@ cublasLtMatmulAlgo_t fastest(const Plan& plan, const Gemm& g,
   return candidates[static_cast<size_t>(best)].algo;
 }
 
-uint32_t alignment(const void* p) {
-  return static_cast<uint32_t>(std::min<uint64_t>(256, uint64_t{1} << std::countr_zero(reinterpret_cast<uint64_t>(p) | 256)));
+// The largest power of two, at most 256, that divides the address of each matrix of a batch.
+uint32_t alignment(const void* p, int64_t stride, DType type) {
+  const uint64_t bits = reinterpret_cast<uint64_t>(p) | static_cast<uint64_t>(stride * size_of(type)) | 256;
+  return uint32_t{1} << std::countr_zero(bits);
 }
+uint32_t alignment_a(const Gemm& g) { return alignment(g.a, g.stride_a, g.dtype); }
+uint32_t alignment_b(const Gemm& g) { return alignment(g.b, g.stride_b, g.dtype); }
+uint32_t alignment_c(const Gemm& g) { return alignment(g.c, g.stride_c, g.out); }
 
 Plan make_plan(const Gemm& g) {
   Plan plan;
@@ -128,7 +137,8 @@ Plan make_plan(const Gemm& g) {
   const auto set = [&](cublasLtMatmulDescAttributes_t attribute, const auto& value) {
     blas_check(cublasLtMatmulDescSetAttribute(description, attribute, &value, sizeof value), "description", g);
   };
-  const cublasOperation_t first = g.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N, second = g.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+  const cublasOperation_t first = g.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+  const cublasOperation_t second = g.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
   set(CUBLASLT_MATMUL_DESC_TRANSA, first);
   set(CUBLASLT_MATMUL_DESC_TRANSB, second);
   if (g.bias) {
@@ -151,10 +161,10 @@ Plan make_plan(const Gemm& g) {
     blas_check(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof value), "preference", g);
   };
   prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(kWorkspace));
-  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(g.b));
-  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(g.a));
-  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(g.c));
-  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(g.c));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment_b(g));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_a(g));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_c(g));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_c(g));
 
   std::array<cublasLtMatmulHeuristicResult_t, kCandidates> candidates{};
   int found = 0;
@@ -174,7 +184,7 @@ using Key = std::array<int64_t, 18>;
 Key key_of(const Gemm& g) {
   return {g.m, g.n, g.k, g.transpose_a, g.transpose_b, g.row_a(), g.row_b(), g.row_c(), static_cast<int64_t>(g.dtype),
           static_cast<int64_t>(g.out), g.bias != nullptr, g.beta != 0, g.batch, g.stride_a, g.stride_b, g.stride_c,
-          int64_t{alignment(g.a)} << 32 | alignment(g.b), alignment(g.c)};
+          int64_t{alignment_a(g)} << 32 | alignment_b(g), alignment_c(g)};
 }
 
 std::map<Key, Plan>& plans() {
@@ -191,8 +201,8 @@ void choose_algorithms(AlgorithmChoice choice) {
 
 void gemm(Cuda, const Gemm& g) {
   check_gemm(g);
-  check(g.k > 0 && (g.dtype == DType::f32 || g.dtype == DType::bf16), "a product on the GPU needs k > 0 and f32 or bf16: {}",
-        g.str());
+  check(g.k > 0 && (g.dtype == DType::f32 || g.dtype == DType::bf16),
+        "a product on the GPU needs k > 0 and f32 or bf16: {}", g.str());
   if (g.m == 0 || g.n == 0 || g.batch == 0) return;
   const Key key = key_of(g);
   auto at = plans().find(key);

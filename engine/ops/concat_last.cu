@@ -60,7 +60,8 @@ Tensor concat_last(const Tensor& a, const Tensor& b) {
     copy_columns(device, rows, db_width * item, {to + da_width * item, pitch},
                  {static_cast<char*>(b.raw()), db_width * item}, share);
   });
-  return record("concat_last", y, {a, b}, [rows, da_width, db_width, item, pitch, share, a_shape = a.shape(), b_shape = b.shape()](const Tensor& dy) -> Gradients {
+  return record("concat_last", y, {a, b}, [rows, da_width, db_width, item, pitch, share, a_shape = a.shape(),
+                                           b_shape = b.shape()](const Tensor& dy) -> Gradients {
     Tensor da = Tensor::like(dy, a_shape), db = Tensor::like(dy, b_shape);
     char* const from = static_cast<char*>(dy.raw());
     on_device(dy.device(), [&](auto device) {

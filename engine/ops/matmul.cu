@@ -19,7 +19,8 @@ void column_sums(Cpu, const T* x, int64_t rows, int64_t columns, T* y) {
   parallel_for(columns, 64, [=](int64_t from, int64_t to) {
     std::vector<acc_t<T>> total(static_cast<size_t>(to - from));
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = from; c < to; ++c) total[static_cast<size_t>(c - from)] += static_cast<acc_t<T>>(x[r * columns + c]);
+      for (int64_t c = from; c < to; ++c)
+        total[static_cast<size_t>(c - from)] += static_cast<acc_t<T>>(x[r * columns + c]);
     for (int64_t c = from; c < to; ++c) y[c] = T(total[static_cast<size_t>(c - from)]);
   });
 }
@@ -47,8 +48,8 @@ void column_sums(Cuda, const T* x, int64_t rows, int64_t columns, T* y) {
   const int64_t ranges = (rows + kRowRange - 1) / kRowRange;
   check(ranges <= 65535, "column sums of {} rows", rows);
   const Tensor partial = Tensor::empty({ranges, columns}, DType::f32, Device::cuda);
-  launch_blocks(sum_row_range<T>, dim3(static_cast<unsigned>((columns + 127) / 128), static_cast<unsigned>(ranges)), 128, 0,
-                x, rows, columns, partial.data<float>());
+  const dim3 blocks(static_cast<unsigned>((columns + 127) / 128), static_cast<unsigned>(ranges));
+  launch_blocks(sum_row_range<T>, blocks, 128, 0, x, rows, columns, partial.data<float>());
   launch_elements(sum_ranges<T>, columns, static_cast<const float*>(partial.data<float>()), ranges, columns, y);
 }
 #endif
@@ -81,12 +82,14 @@ Tensor matmul(const Tensor& a, const Tensor& b, Transpose transpose, const Tenso
   if (of_a) shape.set(0, m);
   shape.set(-1, n);
   const bool for_a = a.needs_grad(), for_b = b.needs_grad(), for_bias = bias && bias.needs_grad();
-  Tensor y = product(a, b, shape, {.m = m, .n = n, .k = k, .transpose_a = of_a, .transpose_b = of_b, .bias = bias.raw()});
+  Tensor y = product(a, b, shape,
+                     {.m = m, .n = n, .k = k, .transpose_a = of_a, .transpose_b = of_b, .bias = bias.raw()});
   std::vector<Tensor> inputs{a, b};
   if (bias) inputs.push_back(bias);
   return record("matmul", y, inputs,
                 [=, has_bias = static_cast<bool>(bias), a_shape = a.shape(), b_shape = b.shape(),
-                 a = for_b ? a.detached() : Tensor{}, b = for_a ? b.detached() : Tensor{}](const Tensor& dy) -> Gradients {
+                 a = for_b ? a.detached() : Tensor{},
+                 b = for_a ? b.detached() : Tensor{}](const Tensor& dy) -> Gradients {
     Gradients d(has_bias ? 3 : 2);
     if (b && of_a) d[0] = product(b, dy, a_shape, {.m = k, .n = m, .k = n, .transpose_b = true});
     else if (b) d[0] = product(dy, b, a_shape, {.m = m, .n = k, .k = n, .transpose_b = !of_b});

@@ -30,7 +30,8 @@ Tensor mul(const Tensor& a, const Tensor& b) {
         name_of(b.dtype()), b.shape().str());
   const bool for_a = a.needs_grad(), for_b = b.needs_grad();
   return record("mul", product(a, b), {a, b},
-                [a = for_b ? a.detached() : Tensor{}, b = for_a ? b.detached() : Tensor{}](const Tensor& dy) -> Gradients {
+                [a = for_b ? a.detached() : Tensor{},
+                 b = for_a ? b.detached() : Tensor{}](const Tensor& dy) -> Gradients {
                   return {b ? product(dy, b) : Tensor{}, a ? product(dy, a) : Tensor{}};
                 });
 }

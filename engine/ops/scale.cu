@@ -16,7 +16,9 @@ struct Scale {
 Tensor scaled(const Tensor& x, double s) {
   Tensor y = Tensor::like(x);
   on_device(x.device(), [&](auto device) {
-    dispatch(device, x.dtype(), [&]<class T>() { map_elements(device, x.numel(), Scale{s}, y.data<T>(), x.data<T>()); });
+    dispatch(device, x.dtype(), [&]<class T>() {
+      map_elements(device, x.numel(), Scale{s}, y.data<T>(), x.data<T>());
+    });
   });
   return y;
 }

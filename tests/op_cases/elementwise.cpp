@@ -23,12 +23,14 @@ Tensor matmul_loops(const Tensor& a, const Tensor& b, Transpose t, const Tensor&
   return made(shape, [=](int64_t i) {
     double sum = c ? c[i % n] : 0.0;
     for (int64_t j = 0; j < k; ++j)
-      sum += double(x[t == Transpose::a ? j * m + i / n : i / n * k + j]) * w[t == Transpose::b ? i % n * k + j : j * n + i % n];
+      sum += double(x[t == Transpose::a ? j * m + i / n : i / n * k + j]) *
+             w[t == Transpose::b ? i % n * k + j : j * n + i % n];
     return sum;
   });
 }
 
-void add_matmul_case(std::vector<OpCase>& cases, const char* name, Transpose t, std::vector<Inputs> sizes, Inputs large) {
+void add_matmul_case(std::vector<OpCase>& cases, const char* name, Transpose t, std::vector<Inputs> sizes,
+                     Inputs large) {
   const auto bias = [](auto& x) { return x.size() > 2 ? x[2] : Tensor{}; };
   cases.push_back({.name = name, .sizes = std::move(sizes),
                    .run = [=](auto& x) { return matmul(x[0], x[1], t, bias(x)); },
@@ -84,17 +86,24 @@ void add_elementwise_cases(std::vector<OpCase>& cases) {
                      const int64_t d = x[0].size(-1);
                      return made({x[0].size(0), 16}, [=](int64_t i) { return v[i / 16 * d + 8 + i % 16]; });
                    }});
-  cases.push_back({.name = "concat_last", .sizes = {{{{2, 3, 4, 5}}, {{2, 3, 4, 3}}}, {{{2, 3, 4, 8}}, {{2, 3, 1, 16}}}},
+  cases.push_back({.name = "concat_last",
+                   .sizes = {{{{2, 3, 4, 5}}, {{2, 3, 4, 3}}}, {{{2, 3, 4, 8}}, {{2, 3, 1, 16}}}},
                    .run = [](auto& x) { return concat_last(x[0], x[1]); },
                    .reference = [](auto& x) {
                      const float *a = x[0].template data<float>(), *b = x[1].template data<float>();
-                     const int64_t da = x[0].size(-1), db = x[1].size(-1), d = da + db, heads = x[0].size(2), shared = x[1].size(2) == 1;
+                     const int64_t da = x[0].size(-1), db = x[1].size(-1), d = da + db, heads = x[0].size(2);
+                     const bool shared = x[1].size(2) == 1;
                      return made({2, 3, heads, d}, [=](int64_t i) {
                        const int64_t row = i / d, column = i % d;
                        return column < da ? a[row * da + column] : b[(shared ? row / heads : row) * db + column - da];
                      });
                    },
-                   .reduction = 4});
+                   .reduction = 4, .large = {{{16, 512, 12, 128}}, {{16, 512, 1, 64}}}});
+  cases.push_back({.name = "squared_norm", .sizes = {{constant(small), constant(odd)}},
+                   .run = [](auto& x) { return squared_norm({x[0], x[1]}); },
+                   .reference = [](auto& x) { return add(sum(mul(x[0], x[0])), sum(mul(x[1], x[1]))); },
+                   .reduction = 2046, .large = {constant(big), constant(big)},
+                   .dtypes = {DType::f32, DType::bf16}});
   for (const bool mean_of : {false, true})
     cases.push_back({.name = mean_of ? "mean" : "sum", .sizes = {{{small}}, {{odd}}, {{{70, 1001}}}},
                      .run = [=](auto& x) { return mean_of ? mean(x[0]) : sum(x[0]); },
@@ -107,9 +116,11 @@ void add_elementwise_cases(std::vector<OpCase>& cases) {
                        });
                      },
                      .reduction = 70070, .large = {{big}}});
-  add_matmul_case(cases, "matmul", Transpose::none, {{{{3, 5}}, {{5, 7}}}, {{{2, 70, 40}}, {{40, 72}}, {{72}}}, {{{1, 300}}, {{300, 1}}}},
+  add_matmul_case(cases, "matmul", Transpose::none,
+                  {{{{3, 5}}, {{5, 7}}}, {{{2, 70, 40}}, {{40, 72}}, {{72}}}, {{{1, 300}}, {{300, 1}}}},
                   {{{8192, 768}}, {{768, 2304}}});
-  add_matmul_case(cases, "matmul_linear", Transpose::b, {{{{3, 5}}, {{7, 5}}, {{7}}}, {{{2, 70, 40}}, {{72, 40}}}, {{{5, 8}}, {{16, 8}}, {{16}}}},
+  add_matmul_case(cases, "matmul_linear", Transpose::b,
+                  {{{{3, 5}}, {{7, 5}}, {{7}}}, {{{2, 70, 40}}, {{72, 40}}}, {{{5, 8}}, {{16, 8}}, {{16}}}},
                   {{{8192, 768}}, {{2304, 768}}});
   add_matmul_case(cases, "matmul_transposed", Transpose::a, {{{{5, 3}}, {{5, 7}}}, {{{264, 40}}, {{264, 72}}, {{72}}}},
                   {{{768, 8192}}, {{768, 2304}}});
