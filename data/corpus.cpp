@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "data/manifest.h"
 #include "data/token_file.h"
 #include "engine/check.h"
 
@@ -14,6 +15,7 @@ struct Corpus::Content {
   std::vector<int32_t> tokens;
   int64_t size = 0;
   int64_t vocab_size = 0;
+  int64_t document_token = kDocumentToken;
   Entropy entropy;
   std::string description;
   std::vector<int64_t> documents;
@@ -39,19 +41,24 @@ struct Corpus::Content {
       const int64_t n = std::min(kBlock, size - from);
       copy(from, n, block.data());
       for (int64_t i = from == 0 ? 1 : 0; i < n; ++i) {
-        if (block[i] == kDocumentToken) documents.push_back(from + i);
+        if (block[i] == document_token) documents.push_back(from + i);
       }
     }
   }
 };
 
-Corpus Corpus::open(const std::vector<std::string>& paths, int64_t vocab_size, int64_t max_tokens) {
-  if (paths.empty()) fail(Fault::usage, "no token file given");
+Corpus Corpus::open(const std::vector<std::string>& given, int64_t vocab_size, int64_t max_tokens) {
+  if (given.empty()) fail(Fault::usage, "no token file given");
   check(vocab_size > 0 && vocab_size <= int64_t{1} << 31, "the vocabulary size must be 1 to 2^31, found {}",
         vocab_size);
   check(max_tokens >= 0, "the number of tokens to use must not be negative, found {}", max_tokens);
   auto content = std::make_shared<Content>();
   content->vocab_size = vocab_size;
+  std::vector<std::string> paths;
+  for (const std::string& path : given) {
+    const std::vector<std::string> files = token_files_of(path);
+    paths.insert(paths.end(), files.begin(), files.end());
+  }
   std::vector<TokenFile> files;
   files.reserve(paths.size());
   for (const std::string& path : paths) {
@@ -60,6 +67,17 @@ Corpus Corpus::open(const std::vector<std::string>& paths, int64_t vocab_size, i
       // A text given twice would put held-out documents into training.
       if (file.is_same_file(files[i])) fail(Fault::usage, "{}: the same file as {}, given twice", path, paths[i]);
     }
+  }
+  std::optional<Manifest> first;
+  for (const TokenFile& file : files) {
+    std::optional<Manifest> manifest = check_token_file(file.path(), vocab_size);
+    if (!manifest) continue;
+    if (first && first->tokenizer_hash != manifest->tokenizer_hash) {
+      fail(Fault::data, "{}: its tokenizer's hash is {}, that of the files before it {}: their ids mean different things", file.path(),
+           manifest->tokenizer_hash, first->tokenizer_hash);
+    }
+    if (manifest->document_token_id >= 0) content->document_token = manifest->document_token_id;
+    first = std::move(manifest);
   }
   for (TokenFile& file : files) {
     const int64_t room = max_tokens == 0 ? file.size() : max_tokens - content->size;

@@ -11,7 +11,7 @@
 #include <unordered_map>
 
 #include "data/tokenizer_file.h"
-#include "data/tokenizer_unicode.h"
+#include "data/tokenizer_words.h"
 #include "engine/check.h"
 
 namespace weft {
@@ -19,41 +19,6 @@ namespace {
 
 constexpr size_t kSlots = 1 << 17;  // of the memory of words; twice the words kept
 constexpr size_t kLongestKnown = 64;
-
-// The first word at `p` of GPT-2's pattern:
-// 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-const char* end_of_word(const char* p, const char* end, const uint8_t* classes) {
-  const auto class_at = [&](const char*& q) {
-    const auto byte = static_cast<unsigned char>(*q);
-    if (byte < 0x80) return ++q, static_cast<uint8_t>(classes[byte] & 3);
-    return static_cast<uint8_t>(classes[next_code_point(q)] & 3);
-  };
-  if (*p == '\'' && end - p >= 2) {
-    const char a = p[1];
-    if (a == 's' || a == 't' || a == 'm' || a == 'd') return p + 2;
-    if (end - p >= 3) {
-      const char b = p[2];
-      if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return p + 3;
-    }
-  }
-  const char* q = p;
-  uint8_t kind = class_at(q);
-  if (*p == ' ' && q < end) {
-    const char* r = q;
-    const uint8_t following = class_at(r);
-    if (following != kSpace) kind = following, q = r;
-  }
-  const char* last = p;  // where the run's last code point begins
-  while (q < end) {
-    const char* r = q;
-    if (class_at(r) != kind) break;
-    last = q;
-    q = r;
-  }
-  // White space before a word leaves its last character to the word.
-  if (kind == kSpace && q < end && last > p) return last;
-  return q;
-}
 
 }  // namespace
 
@@ -125,7 +90,7 @@ bool Tokenizer::may_split() const {
 }
 
 Encoder::Encoder(const Tokenizer& tokenizer, SpecialText special)
-    : tokenizer_(tokenizer), special_(special), classes_(unicode_classes()), slots_(kSlots) {
+    : tokenizer_(tokenizer), special_(special), slots_(kSlots) {
   for (const AddedToken& token : tokenizer_.content_->added) {
     added_[token.normalized][static_cast<unsigned char>(token.text[0])].push_back(&token);
     any_added_[token.normalized] = true;
@@ -173,47 +138,7 @@ void Encoder::encode_plain(std::string_view text, std::vector<int32_t>& out) {
     for (const char c : text) out.push_back(static_cast<unsigned char>(c));
     return;
   }
-  const auto digits = tokenizer_.content_->pre_tokenizer.digits;
-  if (digits == PreTokenizer::Digits::together) return encode_between_digits(text, out);
-  const char* p = text.data();
-  const char* end = p + text.size();
-  const auto is_digit = [&](const char* q, const char*& after) {
-    const auto byte = static_cast<unsigned char>(*q);
-    after = q + 1;
-    if (byte < 0x80) return byte >= '0' && byte <= '9';
-    after = q;
-    return (classes_[next_code_point(after)] & kNumeric) != 0;
-  };
-  while (p < end) {
-    const char *q = p, *after = p;
-    while (q < end && !is_digit(q, after)) q = after;
-    if (q > p) encode_between_digits({p, static_cast<size_t>(q - p)}, out);
-    if (q == end) return;
-    p = q;
-    q = after;
-    if (digits == PreTokenizer::Digits::in_runs) {
-      while (q < end && is_digit(q, after)) q = after;
-    }
-    encode_between_digits({p, static_cast<size_t>(q - p)}, out);
-    p = q;
-  }
-}
-
-void Encoder::encode_between_digits(std::string_view text, std::vector<int32_t>& out) {
-  if (tokenizer_.content_->pre_tokenizer.add_prefix_space && !text.starts_with(' ')) {
-    prefixed_.assign(1, ' ').append(text);
-    text = prefixed_;
-  }
-  encode_words(text.data(), text.data() + text.size(), out);
-}
-
-void Encoder::encode_words(const char* p, const char* end, std::vector<int32_t>& out) {
-  if (!tokenizer_.content_->pre_tokenizer.use_regex) return encode_word({p, static_cast<size_t>(end - p)}, out);
-  while (p < end) {
-    const char* q = end_of_word(p, end, classes_);
-    encode_word({p, static_cast<size_t>(q - p)}, out);
-    p = q;
-  }
+  for_each_word(text, tokenizer_.content_->pre_tokenizer, prefixed_, [&](std::string_view word) { encode_word(word, out); });
 }
 
 void Encoder::encode_word(std::string_view word, std::vector<int32_t>& out) {

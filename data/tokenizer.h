@@ -97,15 +97,12 @@ class Encoder {
   };
   void encode_piece(std::string_view text, size_t group, std::vector<int32_t>& out);
   void encode_plain(std::string_view text, std::vector<int32_t>& out);
-  void encode_between_digits(std::string_view text, std::vector<int32_t>& out);
-  void encode_words(const char* p, const char* end, std::vector<int32_t>& out);
   void encode_word(std::string_view word, std::vector<int32_t>& out);
   void encode_new_word(std::string_view word, std::vector<int32_t>& out) const;
 
   Tokenizer tokenizer_;
   SpecialText special_;
   int64_t special_found_ = 0;
-  const uint8_t* classes_;
   // Added tokens in two groups (not normalized, normalized), by first byte, longest first.
   std::array<std::array<std::vector<const AddedToken*>, 256>, 2> added_;
   std::array<bool, 2> any_added_{};
