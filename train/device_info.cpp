@@ -58,7 +58,13 @@ std::optional<double> peak_flops(Device device, DType precision) {
 
 Json environment() {
   Json env{{"weft_version", WEFT_VERSION}, {"commit", WEFT_COMMIT},  {"compiler", __VERSION__},
-           {"processor", cpu_name()},      {"threads", cpu_threads()}};
+           {"processor", cpu_name()},      {"threads", cpu_threads()}, {"cudnn", nullptr}, {"nccl", nullptr}};
+#ifdef WEFT_CUDNN_VERSION
+  env["cudnn"] = WEFT_CUDNN_VERSION;
+#endif
+#ifdef WEFT_NCCL_VERSION
+  env["nccl"] = WEFT_NCCL_VERSION;
+#endif
 #if WEFT_CUDA
   int runtime = 0, driver = 0;
   cudaRuntimeGetVersion(&runtime);

@@ -1,12 +1,18 @@
 # weft_find_linked(NAME library header program version_header field...): finds one of NVIDIA's optional libraries and
 # proves it by linking `program` against it. NAME_ROOT (a CMake or an environment variable) points at an installation
-# that is not in a default place: the folder that holds include/ and lib*/ (the Python wheels have that form too).
-# Sets NAME_FOUND and NAME_VERSION (from the #defines NAME_<field>) and makes the target NAME::library.
+# that is not in a default place: the folder that holds include/ and lib*/ (the Python wheels have that form too). Where
+# it is given, nothing else is searched.
+# Sets NAME_FOUND, NAME_VERSION (from the #defines NAME_<field>) and NAME_STATE (words for the table of what was found),
+# and makes the target NAME::library.
 include(CheckCXXSourceCompiles)
 macro(weft_find_linked name library header program version_header)
-  find_path(${name}_INCLUDE_DIR ${header} HINTS ${${name}_ROOT} $ENV{${name}_ROOT} ${CUDAToolkit_INCLUDE_DIRS} PATH_SUFFIXES include)
-  find_library(${name}_LIBRARY NAMES ${library} HINTS ${${name}_ROOT} $ENV{${name}_ROOT} ${CUDAToolkit_LIBRARY_DIR}
-               PATH_SUFFIXES lib lib64 lib/x86_64-linux-gnu)
+  if(${name}_ROOT OR DEFINED ENV{${name}_ROOT})
+    set(weft_places HINTS ${${name}_ROOT} $ENV{${name}_ROOT} NO_DEFAULT_PATH)
+  else()
+    set(weft_places HINTS ${CUDAToolkit_INCLUDE_DIRS} ${CUDAToolkit_LIBRARY_DIR})
+  endif()
+  find_path(${name}_INCLUDE_DIR ${header} ${weft_places} PATH_SUFFIXES include)
+  find_library(${name}_LIBRARY NAMES ${library} ${weft_places} PATH_SUFFIXES lib lib64 lib/x86_64-linux-gnu)
   set(${name}_FOUND OFF)
   if(${name}_INCLUDE_DIR AND ${name}_LIBRARY)
     set(CMAKE_REQUIRED_INCLUDES ${${name}_INCLUDE_DIR} ${CUDAToolkit_INCLUDE_DIRS})
@@ -27,10 +33,10 @@ macro(weft_find_linked name library header program version_header)
     add_library(${name}::${library} UNKNOWN IMPORTED)
     set_target_properties(${name}::${library} PROPERTIES IMPORTED_LOCATION ${${name}_LIBRARY}
                           INTERFACE_INCLUDE_DIRECTORIES ${${name}_INCLUDE_DIR})
-    weft_dependency("${name}" "${${name}_VERSION} at ${${name}_LIBRARY}")
+    set(${name}_STATE "${${name}_VERSION} at ${${name}_LIBRARY}")
   elseif(${name}_INCLUDE_DIR AND ${name}_LIBRARY)
-    weft_dependency("${name}" "not used: ${${name}_LIBRARY} does not link (see CMakeFiles/CMakeError.log or CMakeConfigureLog.yaml)")
+    set(${name}_STATE "not used: ${${name}_LIBRARY} does not link (CMakeFiles/CMakeError.log or CMakeConfigureLog.yaml says why)")
   else()
-    weft_dependency("${name}" "not found (set ${name}_ROOT to point at it)")
+    set(${name}_STATE "not found (set ${name}_ROOT to point at it)")
   endif()
 endmacro()
