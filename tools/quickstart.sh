@@ -16,6 +16,6 @@ fi
 cmake --build "$build" --target train_exp1 report
 
 out=runs/quickstart-$(date +%Y%m%d-%H%M%S)
-"$build/train_exp1" "${preset[@]}" --out "$out" "$@"
+"$build/train_exp1" "${preset[@]}" --memory-report --out "$out" "$@"
 "$build/report" "$out"
 echo "The report is $out/report.md"
