@@ -23,7 +23,9 @@ struct Pair {
 struct Candidate {
   int64_t count;
   uint64_t pair;
-  bool operator<(const Candidate& other) const { return count != other.count ? count < other.count : pair > other.pair; }
+  bool operator<(const Candidate& other) const {
+    return count != other.count ? count < other.count : pair > other.pair;
+  }
 };
 
 struct Word {
@@ -41,8 +43,8 @@ TokenizerContent BpeTrainer::train(int64_t vocab_size, const std::vector<std::st
                                    const std::function<void(int64_t)>& progress) const {
   const auto least = static_cast<int64_t>(special.size()) + 256;
   if (vocab_size < least || vocab_size >= 1 << 24) {
-    fail(Fault::usage, "--vocab-size {}: expected {} (256 bytes and {} special tokens) to {}", vocab_size, least, special.size(),
-         (1 << 24) - 1);
+    fail(Fault::usage, "--vocab-size {}: expected {} (256 bytes and {} special tokens) to {}", vocab_size, least,
+         special.size(), (1 << 24) - 1);
   }
   TokenizerContent content;
   content.pre_tokenizer = pre_tokenizer_;

@@ -73,8 +73,9 @@ Corpus Corpus::open(const std::vector<std::string>& given, int64_t vocab_size, i
     std::optional<Manifest> manifest = check_token_file(file.path(), vocab_size);
     if (!manifest) continue;
     if (first && first->tokenizer_hash != manifest->tokenizer_hash) {
-      fail(Fault::data, "{}: its tokenizer's hash is {}, that of the files before it {}: their ids mean different things", file.path(),
-           manifest->tokenizer_hash, first->tokenizer_hash);
+      fail(Fault::data,
+           "{}: its tokenizer's hash is {}, that of the files before it {}: their ids mean different things",
+           file.path(), manifest->tokenizer_hash, first->tokenizer_hash);
     }
     if (manifest->document_token_id >= 0) content->document_token = manifest->document_token_id;
     first = std::move(manifest);

@@ -15,8 +15,9 @@ inline constexpr int32_t kDocumentToken = 0;
 class Corpus {
  public:
   // The files' tokens in the order given, the first `max_tokens` of them (0: all). Every file's format is checked, and
-  // every id that is used, before this returns. A document may go on from one file into the next. A folder that tokenize
-  // made stands for its training files. Files beside a manifest must agree with it, and its document token replaces id 0.
+  // every id that is used, before this returns. A document may go on from one file into the next. A folder made by
+  // tokenize stands for its training files. Files beside a manifest must agree with it, and its document token replaces
+  // id 0.
   static Corpus open(const std::vector<std::string>& paths, int64_t vocab_size, int64_t max_tokens = 0);
   static Corpus synthetic(const SyntheticOptions& options);
 

@@ -31,12 +31,13 @@ void write_manifest(const Manifest& manifest, const std::string& folder) {
   for (const auto& [name, value] : manifest.options) options.push_back(fmt::format("{}: {}", json_string(name), value));
   for (const auto& [name, value] : manifest.counts) counts.push_back(fmt::format("{}: {}", json_string(name), value));
   for (const TextSource& s : manifest.sources) {
-    sources.push_back(fmt::format(R"({{"path": {}, "bytes": {}, "documents": {}, "xxh3": {}}})", json_string(s.path), s.bytes,
-                                  s.documents, s.hash.empty() ? "null" : json_string(s.hash)));
+    sources.push_back(fmt::format(R"({{"path": {}, "bytes": {}, "documents": {}, "xxh3": {}}})", json_string(s.path),
+                                  s.bytes, s.documents, s.hash.empty() ? "null" : json_string(s.hash)));
   }
   for (const Shard& s : manifest.shards) {
-    shards.push_back(fmt::format(R"({{"file": {}, "split": {}, "tokens": {}, "documents": {}, "bytes": {}, "xxh3": {}}})",
-                                 json_string(s.file), json_string(s.split), s.tokens, s.documents, s.bytes, json_string(s.hash)));
+    shards.push_back(
+        fmt::format(R"({{"file": {}, "split": {}, "tokens": {}, "documents": {}, "bytes": {}, "xxh3": {}}})",
+                    json_string(s.file), json_string(s.split), s.tokens, s.documents, s.bytes, json_string(s.hash)));
   }
   const std::string text = fmt::format(
       R"({{
@@ -102,8 +103,8 @@ std::optional<Manifest> read_manifest(const std::string& folder) {
   }
   if (root["shards"].get(shards)) fail(Fault::data, "{}: shards is missing or no array", path);
   for (const auto shard : shards) {
-    manifest.shards.push_back({text(shard, "file"), text(shard, "split"), number(shard, "tokens"), number(shard, "documents"),
-                               number(shard, "bytes"), text(shard, "xxh3")});
+    manifest.shards.push_back({text(shard, "file"), text(shard, "split"), number(shard, "tokens"),
+                               number(shard, "documents"), number(shard, "bytes"), text(shard, "xxh3")});
   }
   return manifest;
 }
@@ -114,11 +115,12 @@ std::optional<Manifest> check_token_file(const std::string& path, int64_t vocab_
   std::optional<Manifest> manifest = read_manifest(folder);
   if (!manifest) return {};
   const std::string name = fs::path(path).filename().string();
-  const auto shard = std::find_if(manifest->shards.begin(), manifest->shards.end(), [&](const Shard& s) { return s.file == name; });
+  const auto shard =
+      std::find_if(manifest->shards.begin(), manifest->shards.end(), [&](const Shard& s) { return s.file == name; });
   if (shard == manifest->shards.end()) return {};
   if (manifest->vocab_size > vocab_size) {
-    fail(Fault::data, "{}: made with a tokenizer of {} tokens ({}), but the model's vocab_size is {}", path, manifest->vocab_size,
-         manifest->tokenizer, vocab_size);
+    fail(Fault::data, "{}: made with a tokenizer of {} tokens ({}), but the model's vocab_size is {}", path,
+         manifest->vocab_size, manifest->tokenizer, vocab_size);
   }
   const auto bytes = static_cast<int64_t>(fs::file_size(path));
   if (bytes != shard->bytes) {
@@ -126,7 +128,8 @@ std::optional<Manifest> check_token_file(const std::string& path, int64_t vocab_
   }
   const std::string hash = hash_file(path);
   if (hash != shard->hash) {
-    fail(Fault::data, "{}: checksum (XXH3) {}, {} says {}: the file was changed", path, hash, path_of(folder), shard->hash);
+    fail(Fault::data, "{}: checksum (XXH3) {}, {} says {}: the file was changed", path, hash, path_of(folder),
+         shard->hash);
   }
   return manifest;
 }

@@ -12,7 +12,7 @@
 namespace weft {
 
 struct Shard {
-  std::string file;  // name in the manifest's folder
+  std::string file;   // name in the manifest's folder
   std::string split;  // "train" or "val"
   int64_t tokens = 0, documents = 0, bytes = 0;
   std::string hash;  // XXH3 of the file
@@ -21,8 +21,8 @@ struct Shard {
 struct Manifest {
   std::string tokenizer, tokenizer_hash;
   int64_t vocab_size = 0;
-  std::string document_token;      // empty: none
-  int64_t document_token_id = -1;  // -1: none
+  std::string document_token;                                // empty: none
+  int64_t document_token_id = -1;                            // -1: none
   std::vector<std::pair<std::string, std::string>> options;  // name and JSON value; not read back
   std::vector<std::pair<std::string, int64_t>> counts;       // not read back
   std::vector<TextSource> sources;                           // not read back

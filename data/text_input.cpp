@@ -44,7 +44,11 @@ std::string hex(uint64_t hash) { return fmt::format("{:016x}", hash); }
 class ByteStream {
  public:
   ByteStream(const std::string& path, std::atomic<int64_t>& bytes_read)
-      : path_(path), bytes_read_(bytes_read), file_(std::fopen(path.c_str(), "rb"), &std::fclose), input_(kChunk), output_(kChunk) {
+      : path_(path),
+        bytes_read_(bytes_read),
+        file_(std::fopen(path.c_str(), "rb"), &std::fclose),
+        input_(kChunk),
+        output_(kChunk) {
     if (!file_) fail(Fault::io, "{}: cannot open: {}", path_, std::strerror(errno));
     XXH3_64bits_reset(&hash_);
     if (path_.ends_with(".gz")) {
@@ -133,7 +137,8 @@ void check_head(const std::string& path, std::string_view head) {
     fail(Fault::data, "{}: UTF-16 text, expected UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`", path);
   }
   if (head.starts_with("\x1f\x8b"sv)) fail(Fault::data, "{}: gzip data, but the name does not end in .gz", path);
-  if (head.starts_with("\x28\xb5\x2f\xfd"sv)) fail(Fault::data, "{}: zstd data, but the name does not end in .zst", path);
+  if (head.starts_with("\x28\xb5\x2f\xfd"sv))
+    fail(Fault::data, "{}: zstd data, but the name does not end in .zst", path);
 }
 
 // How much of the text is whole code points, if it is valid up to there.
@@ -340,7 +345,8 @@ class FileReader {
 
   void take_lines() {
     size_t from = 0;
-    for (size_t at; !documents_.stopped() && (at = buffer_.find('\n', std::max(from, searched_))) != std::string::npos; from = at + 1) {
+    for (size_t at; !documents_.stopped() && (at = buffer_.find('\n', std::max(from, searched_))) != std::string::npos;
+         from = at + 1) {
       take_line(std::string_view(buffer_).substr(from, at - from), false);
       searched_ = 0;
     }
@@ -380,7 +386,8 @@ class FileReader {
       error = parse().get(root);
     }
     if (error == simdjson::STRING_ERROR) {
-      return bad_line("{}:{}: a string is malformed, perhaps half a \\ud800 pair (--invalid-utf8=replace accepts that)");
+      return bad_line(
+          "{}:{}: a string is malformed, perhaps half a \\ud800 pair (--invalid-utf8=replace accepts that)");
     }
     if (error) {
       return bad_line("{}:{}: is not JSON: {}{}", simdjson::error_message(error),
@@ -391,7 +398,8 @@ class FileReader {
     simdjson::dom::element value;
     if (object.at_key(options_.field).get(value)) return bad_line("{}:{}: has no field \"{}\"", options_.field);
     std::string_view text;
-    if (value.get(text)) return bad_line("{}:{}: field \"{}\" is {}, expected a string", options_.field, type_of(value));
+    if (value.get(text))
+      return bad_line("{}:{}: field \"{}\" is {}, expected a string", options_.field, type_of(value));
     documents_.begin(fmt::format("{}:{}", path_, line_));
     documents_.add(text);
     documents_.end();
@@ -404,12 +412,18 @@ class FileReader {
 
   static const char* type_of(simdjson::dom::element value) {
     switch (value.type()) {
-      case simdjson::dom::element_type::ARRAY: return "an array";
-      case simdjson::dom::element_type::OBJECT: return "an object";
-      case simdjson::dom::element_type::STRING: return "a string";
-      case simdjson::dom::element_type::BOOL: return "true or false";
-      case simdjson::dom::element_type::NULL_VALUE: return "null";
-      default: return "a number";
+      case simdjson::dom::element_type::ARRAY:
+        return "an array";
+      case simdjson::dom::element_type::OBJECT:
+        return "an object";
+      case simdjson::dom::element_type::STRING:
+        return "a string";
+      case simdjson::dom::element_type::BOOL:
+        return "true or false";
+      case simdjson::dom::element_type::NULL_VALUE:
+        return "null";
+      default:
+        return "a number";
     }
   }
 
@@ -435,17 +449,20 @@ TextInput::TextInput(const std::vector<std::string>& inputs, TextOptions options
     }
     std::vector<std::string> found;
     int64_t others = 0;
-    for (auto entry = fs::recursive_directory_iterator(input, error); !error && entry != fs::recursive_directory_iterator();
-         entry.increment(error)) {
+    for (auto entry = fs::recursive_directory_iterator(input, error);
+         !error && entry != fs::recursive_directory_iterator(); entry.increment(error)) {
       if (!entry->is_regular_file(error)) continue;
       is_text_name(entry->path().filename().string()) ? found.push_back(entry->path().string()) : void(++others);
     }
     if (error) fail(Fault::io, "{}: cannot list: {}", input, error.message());
     if (found.empty()) {
-      fail(Fault::data, "{}: no documents: none of the folder's {} files is .txt, .text, .md, .jsonl or .ndjson (or their .gz, .zst)",
-           input, others);
+      fail(
+          Fault::data,
+          "{}: no documents: none of the folder's {} files is .txt, .text, .md, .jsonl or .ndjson (or their .gz, .zst)",
+          input, others);
     }
-    if (others > 0) warnings_.push_back(fmt::format("{}: {} files that are no text by their names are left out", input, others));
+    if (others > 0)
+      warnings_.push_back(fmt::format("{}: {} files that are no text by their names are left out", input, others));
     std::sort(found.begin(), found.end());
     paths.insert(paths.end(), found.begin(), found.end());
   }

@@ -12,13 +12,13 @@ enum class InvalidUtf8 { stop, replace };  // replace: by U+FFFD
 enum class BadLine { stop, skip };         // of JSONL
 
 struct TextOptions {
-  std::string field = "text";   // of a JSONL line
-  int64_t first_chars = 0;      // use only the first characters of each document; 0: all
+  std::string field = "text";  // of a JSONL line
+  int64_t first_chars = 0;     // use only the first characters of each document; 0: all
   // Cut documents at "\n\n": a paragraph joins a document that is empty or keeps within this many characters with it.
-  int64_t document_chars = 0;   // 0: do not cut
-  int64_t documents = 0;        // stop after this many; 0: all
+  int64_t document_chars = 0;    // 0: do not cut
+  int64_t documents = 0;         // stop after this many; 0: all
   int64_t max_line = 256 << 20;  // bytes of a JSONL line, and of a document that cannot be handed on in parts
-  bool may_split = true;        // hand a long document on in parts, cut where a letter or digit is followed by a space
+  bool may_split = true;         // hand a long document on in parts, cut where a letter or digit is followed by a space
   InvalidUtf8 invalid_utf8 = InvalidUtf8::stop;
   BadLine bad_line = BadLine::stop;
 };
@@ -32,9 +32,9 @@ struct TextPart {
 
 struct TextSource {
   std::string path;
-  int64_t bytes = 0;      // of the file as it lies on the disk
+  int64_t bytes = 0;  // of the file as it lies on the disk
   int64_t documents = 0;
-  std::string hash;       // XXH3 of the file; empty if it was not read to its end
+  std::string hash;  // XXH3 of the file; empty if it was not read to its end
 };
 
 class TextInput {

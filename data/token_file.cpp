@@ -269,7 +269,8 @@ void TokenWriter::finish() {
   if (count_ == 0) fail(Fault::data, "{}: no tokens to write", path_);
   const auto& format = width_ == TokenWidth::u16 ? kFormats[0] : kFormats[1];
   const int32_t header[] = {format.magic, format.version, static_cast<int32_t>(count_)};
-  if (::pwrite(file_, header, sizeof header, 0) != sizeof header) fail(Fault::io, "{}: cannot write: {}", path_, reason());
+  if (::pwrite(file_, header, sizeof header, 0) != sizeof header)
+    fail(Fault::io, "{}: cannot write: {}", path_, reason());
   if (::fsync(file_) != 0) fail(Fault::io, "{}: cannot flush: {}", path_, reason());
   if (::rename(unfinished_.c_str(), path_.c_str()) != 0) {
     fail(Fault::io, "{}: cannot rename the finished file: {}", path_, reason());

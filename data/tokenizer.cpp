@@ -121,7 +121,8 @@ void Encoder::encode_piece(std::string_view text, size_t group, std::vector<int3
     const AddedToken& token = **hit;
     special_found_ += token.special;
     if (token.special && special_ == SpecialText::error) {
-      fail(Fault::data, "the text holds the special token {} (--special-in-text=allow or plain accepts it)", token.text);
+      fail(Fault::data, "the text holds the special token {} (--special-in-text=allow or plain accepts it)",
+           token.text);
     }
     if (!token.special || special_ == SpecialText::allow) {
       if (i > from) encode_piece(text.substr(from, i - from), group + 1, out);
@@ -138,7 +139,8 @@ void Encoder::encode_plain(std::string_view text, std::vector<int32_t>& out) {
     for (const char c : text) out.push_back(static_cast<unsigned char>(c));
     return;
   }
-  for_each_word(text, tokenizer_.content_->pre_tokenizer, prefixed_, [&](std::string_view word) { encode_word(word, out); });
+  for_each_word(text, tokenizer_.content_->pre_tokenizer, prefixed_,
+                [&](std::string_view word) { encode_word(word, out); });
 }
 
 void Encoder::encode_word(std::string_view word, std::vector<int32_t>& out) {

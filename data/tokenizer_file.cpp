@@ -165,8 +165,8 @@ PreTokenizer read_pre_tokenizer(const Node& node) {
     const Node step_type = step.take("type");
     if (last && step_type.as_string() == "ByteLevel") return read_byte_level(step, pre);
     if (i > 0 || last || step_type.as_string() != "Digits") unsupported_type(step_type, kSupported);
-    pre.digits = step.take_bool("individual_digits", false) ? PreTokenizer::Digits::each_alone
-                                                            : PreTokenizer::Digits::in_runs;
+    pre.digits =
+        step.take_bool("individual_digits", false) ? PreTokenizer::Digits::each_alone : PreTokenizer::Digits::in_runs;
     step.finish();
   }
   steps.refuse(kSupported);
@@ -243,11 +243,12 @@ class Reader {
     int64_t missing = 0;
     for (int b = 0; b < 256; ++b) {
       // C0, C1 and F5 to FF stand in no UTF-8.
-      if (b != 0xC0 && b != 0xC1 && b < 0xF5) missing += !ids_.contains(to_byte_alphabet(std::string(1, static_cast<char>(b))));
+      if (b != 0xC0 && b != 0xC1 && b < 0xF5)
+        missing += !ids_.contains(to_byte_alphabet(std::string(1, static_cast<char>(b))));
     }
     if (missing > 0 && !unknown.empty()) {
-      fail(Fault::data, "{}: {} bytes have no token, and {}.unk_token is {}: not supported", *node.file, missing, node.path,
-           unknown);
+      fail(Fault::data, "{}: {} bytes have no token, and {}.unk_token is {}: not supported", *node.file, missing,
+           node.path, unknown);
     }
     if (missing > 0) warn("{} bytes have no token: they vanish from the text", missing);
   }
@@ -271,8 +272,10 @@ class Reader {
         fail(Fault::data, "{}: {}: token `{}` stands there twice", *node.file, node.path, field.key);
       }
       if (static_cast<size_t>(id) < used_.size() && used_[id]) {
-        const auto other = std::find_if(ids_.begin(), ids_.end(), [&](const auto& e) { return e.second == id && e.first != field.key; });
-        fail(Fault::data, "{}: {}: tokens `{}` and `{}` both have id {}", *node.file, node.path, other->first, field.key, id);
+        const auto other = std::find_if(ids_.begin(), ids_.end(),
+                                        [&](const auto& e) { return e.second == id && e.first != field.key; });
+        fail(Fault::data, "{}: {}: tokens `{}` and `{}` both have id {}", *node.file, node.path, other->first,
+             field.key, id);
       }
       const bool in_alphabet = from_byte_alphabet(field.key, bytes);
       if (in_alphabet) {
@@ -407,29 +410,34 @@ std::string tokenizer_json(const TokenizerContent& content) {
   const auto flag = [](bool value) { return value ? "true" : "false"; };
   std::string added, vocab, merges;
   for (const AddedToken& token : content.added) {
-    added += fmt::format("{}\n    {{\"id\": {}, \"content\": {}, \"single_word\": false, \"lstrip\": false, \"rstrip\": false, "
-                         "\"normalized\": {}, \"special\": {}}}",
-                         added.empty() ? "" : ",", token.id, json_string(token.text), flag(token.normalized), flag(token.special));
+    added += fmt::format(
+        "{}\n    {{\"id\": {}, \"content\": {}, \"single_word\": false, \"lstrip\": false, \"rstrip\": false, "
+        "\"normalized\": {}, \"special\": {}}}",
+        added.empty() ? "" : ",", token.id, json_string(token.text), flag(token.normalized), flag(token.special));
   }
   for (size_t id = 0; id < content.tokens.size(); ++id) {
     const std::string& token = content.tokens[id];
     if (token.empty()) continue;
-    const bool is_added = std::any_of(content.added.begin(), content.added.end(), [&](const AddedToken& t) { return t.text == token; });
-    vocab += fmt::format("{}\n      {}: {}", vocab.empty() ? "" : ",", json_string(is_added ? token : to_byte_alphabet(token)), id);
+    const bool is_added =
+        std::any_of(content.added.begin(), content.added.end(), [&](const AddedToken& t) { return t.text == token; });
+    vocab += fmt::format("{}\n      {}: {}", vocab.empty() ? "" : ",",
+                         json_string(is_added ? token : to_byte_alphabet(token)), id);
   }
   for (const Bpe::Merge& merge : content.merges) {
-    merges += fmt::format("{}\n      [{}, {}]", merges.empty() ? "" : ",", json_string(to_byte_alphabet(content.tokens[merge.left])),
+    merges += fmt::format("{}\n      [{}, {}]", merges.empty() ? "" : ",",
+                          json_string(to_byte_alphabet(content.tokens[merge.left])),
                           json_string(to_byte_alphabet(content.tokens[merge.right])));
   }
   const PreTokenizer& pre = content.pre_tokenizer;
-  const std::string byte_level = fmt::format(
-      R"({{"type": "ByteLevel", "add_prefix_space": {}, "trim_offsets": true, "use_regex": {}}})", flag(pre.add_prefix_space),
-      flag(pre.use_regex));
+  const std::string byte_level =
+      fmt::format(R"({{"type": "ByteLevel", "add_prefix_space": {}, "trim_offsets": true, "use_regex": {}}})",
+                  flag(pre.add_prefix_space), flag(pre.use_regex));
   const std::string steps =
       pre.digits == PreTokenizer::Digits::together
           ? byte_level
-          : fmt::format(R"({{"type": "Sequence", "pretokenizers": [{{"type": "Digits", "individual_digits": {}}}, {}]}})",
-                        flag(pre.digits == PreTokenizer::Digits::each_alone), byte_level);
+          : fmt::format(
+                R"({{"type": "Sequence", "pretokenizers": [{{"type": "Digits", "individual_digits": {}}}, {}]}})",
+                flag(pre.digits == PreTokenizer::Digits::each_alone), byte_level);
   return fmt::format(R"({{
   "version": "1.0",
   "truncation": null,

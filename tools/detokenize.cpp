@@ -38,12 +38,13 @@ int run(int argc, char** argv) {
     for (int64_t i = 0; i < n; ++i) {
       const int64_t id = static_cast<uint32_t>(block[i]);
       if (id >= tokenizer.vocab_size()) {
-        fail(Fault::data, "{}: token {} has id {}, but {} has {} tokens", path, from + i, id, bytes ? "--bytes" : tokenizer_path,
-             tokenizer.vocab_size());
+        fail(Fault::data, "{}: token {} has id {}, but {} has {} tokens", path, from + i, id,
+             bytes ? "--bytes" : tokenizer_path, tokenizer.vocab_size());
       }
       text += tokenizer.text_of(id);
     }
-    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size()) fail(Fault::io, "standard output: cannot be written");
+    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size())
+      fail(Fault::io, "standard output: cannot be written");
     from += n;
   }
   if (std::fflush(stdout) != 0) fail(Fault::io, "standard output: cannot be written");

@@ -3,7 +3,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 packages="g++ cmake ninja-build libfmt-dev nlohmann-json3-dev libcli11-dev doctest-dev libopenblas-dev libboost-dev \
-libsimdjson-dev zlib1g-dev libzstd-dev libxxhash-dev libpcre2-dev"
+libsimdjson-dev zlib1g-dev libzstd-dev libxxhash-dev"
 missing=""
 for package in $packages; do
   dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q "ok installed" || missing+=" $package"

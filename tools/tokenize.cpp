@@ -30,7 +30,8 @@ namespace fs = std::filesystem;
 volatile std::sig_atomic_t interrupted = 0;
 
 struct Options {
-  std::string tokenizer, out, document_token = "<|endoftext|>", special_in_text, invalid_utf8 = "stop", bad_line = "stop";
+  std::string tokenizer, out, document_token = "<|endoftext|>", special_in_text, invalid_utf8 = "stop",
+                              bad_line = "stop";
   bool bytes = false, standard_input = false, document_token_given = false;
   std::vector<std::string> inputs;
   int64_t max_tokens = 0, shard_tokens = 100'000'000, threads = 0, seed = 0;
@@ -57,7 +58,8 @@ class Pipeline {
   // The next batch in order; false at the end. Throws what a thread threw, once all that was before it is handed out.
   bool next(Batch& batch, std::chrono::milliseconds patience, bool& late) {
     std::unique_lock lock(mutex_);
-    late = !changed_.wait_for(lock, patience, [&] { return done_.contains(written_) || failure_ || (read_all_ && written_ == read_); });
+    late = !changed_.wait_for(lock, patience,
+                              [&] { return done_.contains(written_) || failure_ || (read_all_ && written_ == read_); });
     if (late) return true;
     if (failure_) std::rethrow_exception(failure_);
     const auto found = done_.find(written_);
@@ -243,9 +245,9 @@ class Progress {
     if (now - shown_ < (terminal_ ? 0.2 : 10)) return;
     shown_ = now;
     const double share = static_cast<double>(bytes) / static_cast<double>(total_);
-    fmt::print(stderr, "{}{:5.1f}%  {:.1f} of {:.1f} MB  {:.2f}M tokens  {:.1f} MB/s  ETA {:.0f} s{}", terminal_ ? "\r" : "",
-               100 * share, bytes / 1e6, total_ / 1e6, tokens / 1e6, bytes / 1e6 / now, share > 0 ? now / share - now : 0,
-               terminal_ ? "  " : "\n");
+    fmt::print(stderr, "{}{:5.1f}%  {:.1f} of {:.1f} MB  {:.2f}M tokens  {:.1f} MB/s  ETA {:.0f} s{}",
+               terminal_ ? "\r" : "", 100 * share, bytes / 1e6, total_ / 1e6, tokens / 1e6, bytes / 1e6 / now,
+               share > 0 ? now / share - now : 0, terminal_ ? "  " : "\n");
     std::fflush(stderr);
   }
   void end() const {
@@ -287,8 +289,10 @@ int run(const Options& o) {
   std::string document_token = o.document_token;
   const int32_t document_id = document_token.empty() ? -1 : tokenizer.id_of(document_token);
   if (document_id < 0 && !document_token.empty()) {
-    if (o.document_token_given) fail(Fault::usage, "--document-token {}: {} has no such token", document_token, o.tokenizer);
-    fmt::print(stderr, "tokenize: warning: the tokenizer has no {}: documents follow each other without a mark\n", document_token);
+    if (o.document_token_given)
+      fail(Fault::usage, "--document-token {}: {} has no such token", document_token, o.tokenizer);
+    fmt::print(stderr, "tokenize: warning: the tokenizer has no {}: documents follow each other without a mark\n",
+               document_token);
     document_token.clear();
   }
   TextOptions text = o.text;
@@ -334,7 +338,8 @@ int run(const Options& o) {
   val.finish();
   progress.end();
   if (o.val_fraction > 0 && (train.tokens() == 0 || val.tokens() == 0)) {
-    fail(Fault::data, "--val-fraction {}: of {} documents {} would be held out: each side needs one", o.val_fraction, documents, held_out);
+    fail(Fault::data, "--val-fraction {}: of {} documents {} would be held out: each side needs one", o.val_fraction,
+         documents, held_out);
   }
 
   Manifest manifest;
@@ -344,23 +349,15 @@ int run(const Options& o) {
   manifest.document_token = document_token;
   manifest.document_token_id = document_id;
   const auto number = [](auto value) { return fmt::format("{}", value); };
-  manifest.options = {{"field", json_string(text.field)},
-                      {"document_chars", number(text.document_chars)},
-                      {"first_chars", number(text.first_chars)},
-                      {"documents", number(text.documents)},
-                      {"max_tokens", number(o.max_tokens)},
-                      {"shard_tokens", number(o.shard_tokens)},
-                      {"val_fraction", number(o.val_fraction)},
-                      {"seed", number(o.seed)},
-                      {"special_in_text", json_string(special)},
-                      {"invalid_utf8", json_string(o.invalid_utf8)},
+  manifest.options = {{"field", json_string(text.field)},        {"document_chars", number(text.document_chars)},
+                      {"first_chars", number(text.first_chars)}, {"documents", number(text.documents)},
+                      {"max_tokens", number(o.max_tokens)},      {"shard_tokens", number(o.shard_tokens)},
+                      {"val_fraction", number(o.val_fraction)},  {"seed", number(o.seed)},
+                      {"special_in_text", json_string(special)}, {"invalid_utf8", json_string(o.invalid_utf8)},
                       {"on_bad_line", json_string(o.bad_line)}};
-  manifest.counts = {{"documents", documents},
-                     {"held_out_documents", held_out},
-                     {"tokens", tokens},
-                     {"characters", characters},
-                     {"bytes", bytes},
-                     {"bad_lines", input.bad_lines()}};
+  manifest.counts = {{"documents", documents}, {"held_out_documents", held_out},
+                     {"tokens", tokens},       {"characters", characters},
+                     {"bytes", bytes},         {"bad_lines", input.bad_lines()}};
   if (limit() > 0) manifest.counts.push_back({"special_in_text", pipeline.special_found()});
   manifest.sources = input.sources();
   for (const ShardWriter* writer : {&train, &val}) {
@@ -370,31 +367,39 @@ int run(const Options& o) {
   staging.publish();
   for (const std::string& warning : input.warnings()) fmt::print(stderr, "tokenize: warning: {}\n", warning);
   if (input.bad_lines() > 0) fmt::print(stderr, "tokenize: warning: {} bad lines skipped\n", input.bad_lines());
-  fmt::print(stderr, "{} tokens of {} documents ({} held out) in {} files at {}; {:.1f} s, {:.1f} MB/s\n", tokens, documents, held_out,
-             manifest.shards.size(), o.out, progress.seconds(), bytes / 1e6 / progress.seconds());
+  fmt::print(stderr, "{} tokens of {} documents ({} held out) in {} files at {}; {:.1f} s, {:.1f} MB/s\n", tokens,
+             documents, held_out, manifest.shards.size(), o.out, progress.seconds(), bytes / 1e6 / progress.seconds());
   return 0;
 }
 
 int main_of(int argc, char** argv) {
   CLI::App app("Text files, folders and JSONL (plain, .gz, .zst) to token files for train_exp1 --data.");
-  app.footer("Example: tokenize --tokenizer tokenizer.json --out tokens --document-chars 3000 books/\n"
-             "Exit codes: 0 done, 1 a bug, 2 command line, 4 input data, 5 reading or writing, 130 stopped by Ctrl-C.");
+  app.footer(
+      "Example: tokenize --tokenizer tokenizer.json --out tokens --document-chars 3000 books/\n"
+      "Exit codes: 0 done, 1 a bug, 2 command line, 4 input data, 5 reading or writing, 130 stopped by Ctrl-C.");
   Options o;
   auto* tokenizer = app.add_option("--tokenizer", o.tokenizer, "tokenizer.json of Hugging Face's form, byte-level BPE");
   app.add_flag("--bytes", o.bytes, "a token for each byte instead; id 256 is <|endoftext|>")->excludes(tokenizer);
   app.add_option("INPUT", o.inputs, "text files, folders, JSONL files");
   app.add_option("--out", o.out, "folder of the token files, new or empty");
   app.add_flag("--stdin", o.standard_input, "encode standard input as one document and print its ids, one per line");
-  auto* document = app.add_option("--document-token", o.document_token, "token before each document; '' for none")->capture_default_str();
-  app.add_option("--document-chars", o.text.document_chars, "cut text at blank lines into documents of about this many characters; 0: do not cut")
+  auto* document = app.add_option("--document-token", o.document_token, "token before each document; '' for none")
+                       ->capture_default_str();
+  app.add_option("--document-chars", o.text.document_chars,
+                 "cut text at blank lines into documents of about this many characters; 0: do not cut")
       ->check(CLI::NonNegativeNumber);
-  app.add_option("--first-chars", o.text.first_chars, "use only the first characters of each document (before cutting); 0: all")
+  app.add_option("--first-chars", o.text.first_chars,
+                 "use only the first characters of each document (before cutting); 0: all")
       ->check(CLI::NonNegativeNumber);
-  app.add_option("--documents", o.text.documents, "use only the first documents; 0: all")->check(CLI::NonNegativeNumber);
+  app.add_option("--documents", o.text.documents, "use only the first documents; 0: all")
+      ->check(CLI::NonNegativeNumber);
   app.add_option("--max-tokens", o.max_tokens, "stop after this many tokens; 0: all")->check(CLI::NonNegativeNumber);
   app.add_option("--field", o.text.field, "the field of a JSONL line that holds the text")->capture_default_str();
-  app.add_option("--shard-tokens", o.shard_tokens, "tokens in a file")->check(CLI::Range(int64_t{1}, int64_t{2147483647}))->capture_default_str();
-  app.add_option("--val-fraction", o.val_fraction, "hold out this share of the documents, drawn at random, as val_*.bin")
+  app.add_option("--shard-tokens", o.shard_tokens, "tokens in a file")
+      ->check(CLI::Range(int64_t{1}, int64_t{2147483647}))
+      ->capture_default_str();
+  app.add_option("--val-fraction", o.val_fraction,
+                 "hold out this share of the documents, drawn at random, as val_*.bin")
       ->check(CLI::Range(0.0, 0.999));
   app.add_option("--seed", o.seed, "of the draw of held-out documents")->check(CLI::NonNegativeNumber);
   app.add_option("-j,--threads", o.threads, "threads that encode; 0: all cores")->check(CLI::Range(0, 1024));
@@ -402,9 +407,12 @@ int main_of(int argc, char** argv) {
                  "text that is a special token's name: allow (becomes that token), plain (is text) or error; "
                  "default plain, with --stdin allow")
       ->check(CLI::IsMember({"allow", "plain", "error"}));
-  app.add_option("--invalid-utf8", o.invalid_utf8, "stop, or replace by U+FFFD")->check(CLI::IsMember({"stop", "replace"}));
+  app.add_option("--invalid-utf8", o.invalid_utf8, "stop, or replace by U+FFFD")
+      ->check(CLI::IsMember({"stop", "replace"}));
   app.add_option("--on-bad-line", o.bad_line, "of JSONL: stop or skip")->check(CLI::IsMember({"stop", "skip"}));
-  app.add_option("--max-line", o.text.max_line, "bytes of a JSONL line at most")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--max-line", o.text.max_line, "bytes of a JSONL line at most")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
@@ -413,7 +421,8 @@ int main_of(int argc, char** argv) {
   o.document_token_given = document->count() > 0;
   o.text.invalid_utf8 = o.invalid_utf8 == "replace" ? InvalidUtf8::replace : InvalidUtf8::stop;
   o.text.bad_line = o.bad_line == "skip" ? BadLine::skip : BadLine::stop;
-  if (!o.bytes && o.tokenizer.empty()) fail(Fault::usage, "one of --tokenizer and --bytes is needed (see tokenize --help)");
+  if (!o.bytes && o.tokenizer.empty())
+    fail(Fault::usage, "one of --tokenizer and --bytes is needed (see tokenize --help)");
   if (o.standard_input) {
     if (!o.out.empty() || !o.inputs.empty()) fail(Fault::usage, "--stdin takes no INPUT and no --out");
   } else if (o.out.empty() || o.inputs.empty()) {

@@ -1,5 +1,5 @@
-// train_tokenizer: a byte-level BPE of one's own from text, as a tokenizer.json that tokenize and Hugging Face's library
-// read.
+// train_tokenizer: a byte-level BPE of one's own from text, as a tokenizer.json that tokenize and Hugging Face's
+// library read.
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -35,7 +35,9 @@ int run(int argc, char** argv) {
   std::string out, digits = "each", invalid_utf8 = "stop", bad_line = "stop";
   TextOptions text;
   app.add_option("--vocab-size", vocab_size, "tokens in all: special ones, 256 bytes, merges")->required();
-  app.add_option("--special", special, "a special token; may be repeated. The first one has id 0, where train_exp1 expects the document token")
+  app.add_option(
+         "--special", special,
+         "a special token; may be repeated. The first one has id 0, where train_exp1 expects the document token")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   app.add_option("--out", out, "tokenizer.json to write")->required();
@@ -45,7 +47,8 @@ int run(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--field", text.field, "the field of a JSONL line that holds the text")->capture_default_str();
   app.add_option("--documents", text.documents, "use only the first documents; 0: all")->check(CLI::NonNegativeNumber);
-  app.add_option("--invalid-utf8", invalid_utf8, "stop, or replace by U+FFFD")->check(CLI::IsMember({"stop", "replace"}));
+  app.add_option("--invalid-utf8", invalid_utf8, "stop, or replace by U+FFFD")
+      ->check(CLI::IsMember({"stop", "replace"}));
   app.add_option("--on-bad-line", bad_line, "of JSONL: stop or skip")->check(CLI::IsMember({"stop", "skip"}));
   try {
     app.parse(argc, argv);
@@ -54,7 +57,8 @@ int run(int argc, char** argv) {
   }
   for (size_t i = 0; i < special.size(); ++i) {
     if (special[i].size() < 2) fail(Fault::usage, "--special '{}': expected at least two bytes", special[i]);
-    if (std::find(special.begin(), special.begin() + static_cast<int64_t>(i), special[i]) != special.begin() + static_cast<int64_t>(i))
+    if (std::find(special.begin(), special.begin() + static_cast<int64_t>(i), special[i]) !=
+        special.begin() + static_cast<int64_t>(i))
       fail(Fault::usage, "--special '{}' is given twice", special[i]);
   }
   text.invalid_utf8 = invalid_utf8 == "replace" ? InvalidUtf8::replace : InvalidUtf8::stop;
@@ -66,7 +70,8 @@ int run(int argc, char** argv) {
   const bool terminal = ::isatty(2);
   input.read([&](TextPart part) {
     trainer.add(part.text);
-    if (terminal) fmt::print(stderr, "\r{:.1f} of {:.1f} MB read ", input.bytes_read() / 1e6, input.total_bytes() / 1e6);
+    if (terminal)
+      fmt::print(stderr, "\r{:.1f} of {:.1f} MB read ", input.bytes_read() / 1e6, input.total_bytes() / 1e6);
     return true;
   });
   const TokenizerContent content = trainer.train(vocab_size, special, [&](int64_t tokens) {
@@ -76,8 +81,8 @@ int run(int argc, char** argv) {
   write_file(out, tokenizer_json(content));
   for (const std::string& warning : input.warnings()) fmt::print(stderr, "train_tokenizer: warning: {}\n", warning);
   if (static_cast<int64_t>(content.tokens.size()) < vocab_size) {
-    fmt::print(stderr, "train_tokenizer: warning: {} tokens, not {}: no pair of tokens stands twice any more\n", content.tokens.size(),
-               vocab_size);
+    fmt::print(stderr, "train_tokenizer: warning: {} tokens, not {}: no pair of tokens stands twice any more\n",
+               content.tokens.size(), vocab_size);
   }
   fmt::print(stderr, "{} tokens from {} distinct words: {}\n", content.tokens.size(), trainer.distinct_words(), out);
   return 0;
