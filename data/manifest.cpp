@@ -32,7 +32,8 @@ void write_manifest(const Manifest& manifest, const std::string& folder) {
   for (const auto& [name, value] : manifest.counts) counts.push_back(fmt::format("{}: {}", json_string(name), value));
   for (const TextSource& s : manifest.sources) {
     sources.push_back(fmt::format(R"({{"path": {}, "bytes": {}, "documents": {}, "xxh3": {}}})", json_string(s.path),
-                                  s.bytes, s.documents, s.hash.empty() ? "null" : json_string(s.hash)));
+                                  s.bytes, s.documents < 0 ? "null" : std::to_string(s.documents),
+                                  s.hash.empty() ? "null" : json_string(s.hash)));
   }
   for (const Shard& s : manifest.shards) {
     shards.push_back(

@@ -32,9 +32,9 @@ struct TextPart {
 
 struct TextSource {
   std::string path;
-  int64_t bytes = 0;  // of the file as it lies on the disk
-  int64_t documents = 0;
-  std::string hash;  // XXH3 of the file; empty if it was not read to its end
+  int64_t bytes = 0;      // of the file as it lies on the disk
+  int64_t documents = 0;  // -1: not known
+  std::string hash;       // XXH3 of the file; empty if it was not read to its end
 };
 
 class TextInput {

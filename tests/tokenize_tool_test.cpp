@@ -182,6 +182,7 @@ TEST_CASE("limits: first characters, documents and tokens; a held-out split by w
         std::vector<std::string>{"document 0", "document 1", "document 2"});
   REQUIRE(tokenize("--max-tokens 57 --out " + (scratch / "short") + input).code == 0);
   CHECK(tokens_of(scratch / "short/train_000000.bin").size() == 57);
+  CHECK(manifest_of(scratch / "short")["sources"][0]["xxh3"].is_null());  // it was not all read
   REQUIRE(tokenize("--out " + (scratch / "all") + input).code == 0);
   REQUIRE(tokenize("--val-fraction 0.2 --out " + (scratch / "split") + input).code == 0);
   std::vector<std::string> all = documents_of(scratch / "all/train_000000.bin");

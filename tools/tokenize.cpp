@@ -355,11 +355,19 @@ int run(const Options& o) {
                       {"val_fraction", number(o.val_fraction)},  {"seed", number(o.seed)},
                       {"special_in_text", json_string(special)}, {"invalid_utf8", json_string(o.invalid_utf8)},
                       {"on_bad_line", json_string(o.bad_line)}};
-  manifest.counts = {{"documents", documents}, {"held_out_documents", held_out},
-                     {"tokens", tokens},       {"characters", characters},
-                     {"bytes", bytes},         {"bad_lines", input.bad_lines()}};
-  if (limit() > 0) manifest.counts.push_back({"special_in_text", pipeline.special_found()});
+  manifest.counts = {{"documents", documents},
+                     {"held_out_documents", held_out},
+                     {"tokens", tokens},
+                     {"characters", characters},
+                     {"bytes", bytes}};
   manifest.sources = input.sources();
+  if (limit() > 0) {
+    manifest.counts.push_back({"bad_lines", input.bad_lines()});
+    manifest.counts.push_back({"special_in_text", pipeline.special_found()});
+  } else {
+    // How far the reader ran ahead of --max-tokens depends on the threads' timing: not for the manifest.
+    for (TextSource& source : manifest.sources) source = {source.path, source.bytes, -1, ""};
+  }
   for (const ShardWriter* writer : {&train, &val}) {
     manifest.shards.insert(manifest.shards.end(), writer->shards().begin(), writer->shards().end());
   }
