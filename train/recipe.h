@@ -16,7 +16,7 @@ struct Recipe {
   std::string preset;
   std::vector<std::string> configs = {"baseline", "lora", "enhanced"};
   std::vector<uint64_t> seeds = {42};
-  std::vector<std::string> data;   // token files; none: the built-in corpus
+  std::vector<std::string> data;   // token files or folders of them; none: the built-in corpus
   Protocol protocol = Protocol::seed;
   Device device = Device::cpu;
   DType precision = DType::f32;    // of activations and matrix products; weights and optimizer state are f32

@@ -26,7 +26,7 @@ struct FieldOption {
 constexpr FieldOption kFieldOptions[] = {
     {"--configs", "configs", "attention configurations, comma-separated: baseline, lora, enhanced"},
     {"--seeds", "seeds", "seeds, comma-separated"},
-    {"--data", "data", "token files in llm.c's format, comma-separated: one corpus"},
+    {"--data", "data", "token files in llm.c's format or tokenize's folder, comma-separated: one corpus"},
     {"--protocol", "protocol", "seed (the published recipe) or strict (held-out documents, true schedule)"},
     {"--optimizer", "optimizer", "muon (matrices; AdamW for the rest) or adamw"},
     {"--precision", "precision", "fp32, or bf16 compute over float32 master weights"},
