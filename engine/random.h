@@ -14,10 +14,17 @@
 
 namespace weft {
 
-// One random field: element i is philox(seed, stream, i / 4)[i % 4].
+// One random field: element i is philox(seed, stream, i / 4)[i % 4]. Where `step` is given, the stream is that of the
+// training step found there when a kernel runs, so a captured step draws anew at every replay: whatever draws begins
+// with key.at_step().
 struct RngKey {
   uint64_t seed = 0;
   uint64_t stream = 0;
+  const uint64_t* step = nullptr;  // in memory of the device that draws
+
+  WEFT_HD RngKey at_step() const { return step ? RngKey{seed, stream + stream_of_step(*step)} : *this; }
+  // The first of the 2^20 streams of a step.
+  WEFT_HD static uint64_t stream_of_step(uint64_t step) { return step << 20; }
 };
 
 struct Philox4 {
@@ -80,11 +87,17 @@ constexpr uint64_t stream_of(std::string_view name) {
 // Hands out one fresh key per random op of a step, in program order: the same (seed, step) gives the same sequence.
 class Rng {
  public:
-  Rng(uint64_t seed, uint64_t step) : seed_(seed), next_(step << 20) {}
-  RngKey next() { return {seed_, next_++}; }
+  Rng(uint64_t seed, uint64_t step) : next_{seed, RngKey::stream_of_step(step)} {}
+  // The step is read where and when an op draws: it must stay there until the step's backward pass is done.
+  Rng(uint64_t seed, const uint64_t* step) : next_{seed, 0, step} {}
+  RngKey next() {
+    const RngKey key = next_;
+    ++next_.stream;
+    return key;
+  }
 
  private:
-  uint64_t seed_, next_;
+  RngKey next_;
 };
 
 }  // namespace weft

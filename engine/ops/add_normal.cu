@@ -15,6 +15,7 @@ WEFT_HD T noisy(T x, acc_t<T> std, RngKey key, int64_t i) {
 
 template <class T>
 void forward(Cpu, const T* x, T* y, int64_t n, acc_t<T> std, RngKey key) {
+  key = key.at_step();
   parallel_for(n, 1024, [=](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) y[i] = noisy(x[i], std, key, i);
   });
@@ -23,7 +24,7 @@ void forward(Cpu, const T* x, T* y, int64_t n, acc_t<T> std, RngKey key) {
 #if WEFT_CUDA
 template <class T>
 __global__ void add_normal_kernel(const T* x, T* y, int64_t n, float std, RngKey key) {
-  if (const int64_t i = element_index(); i < n) y[i] = noisy(x[i], std, key, i);
+  if (const int64_t i = element_index(); i < n) y[i] = noisy(x[i], std, key.at_step(), i);
 }
 template <class T>
 void forward(Cuda, const T* x, T* y, int64_t n, float std, RngKey key) {

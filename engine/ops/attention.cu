@@ -99,10 +99,11 @@ void add_spread(A* sums, const A* weights, const A* rows, int64_t count, int64_t
 template <class A>
 void draw_factors(A* factors, const AttentionSize& a, int64_t row, int64_t keys) {
   const uint64_t from = static_cast<uint64_t>(row * a.time);
+  const RngKey key = a.key.at_step();
   Philox4 bits{};
   for (int64_t s = 0; s < keys; ++s) {
     const uint64_t i = from + static_cast<uint64_t>(s);
-    if (s == 0 || i % 4 == 0) bits = philox(a.key, i / 4);
+    if (s == 0 || i % 4 == 0) bits = philox(key, i / 4);
     factors[s] = bits.v[i % 4] < a.keep ? static_cast<A>(a.keep_scale) : A(0);
   }
 }

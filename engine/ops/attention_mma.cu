@@ -166,6 +166,7 @@ struct Widths {
 
 template <class W>
 __global__ void __launch_bounds__(kThreads) mma_forward(AttentionSize a, AttentionForward<bf16> x) {
+  a.key = a.key.at_step();
   constexpr int kKeys = W::forward_keys;
   bf16* q = reinterpret_cast<bf16*>(shared_tiles);  // [64, Dk]
   bf16* k = q + kRows * W::key_stride;              // [2, kKeys, Dk]
@@ -266,6 +267,7 @@ __device__ void element_gradient(float& qk, float& dyv, bool seen, float factor,
 // dk, dv or both of 64 keys: rows are keys, columns the queries that see them.
 template <class W, bool kKeyGradient, bool kValueGradient>
 __global__ void __launch_bounds__(kThreads) mma_backward_keys(AttentionSize a, AttentionBackward<bf16> x) {
+  a.key = a.key.at_step();
   constexpr int kQueries = W::step;
   bf16* k = reinterpret_cast<bf16*>(shared_tiles);                              // [64, Dk]
   bf16* v = k + kRows * W::key_stride;                                          // [64, Dv]
@@ -338,6 +340,7 @@ __global__ void __launch_bounds__(kThreads) mma_backward_keys(AttentionSize a, A
 // dq of 64 queries: rows are queries, columns the keys they see.
 template <class W>
 __global__ void __launch_bounds__(kThreads) mma_backward_queries(AttentionSize a, AttentionBackward<bf16> x) {
+  a.key = a.key.at_step();
   constexpr int kKeys = W::step;
   bf16* q = reinterpret_cast<bf16*>(shared_tiles);  // [64, Dk]
   bf16* dy = q + kRows * W::key_stride;             // [64, Dv]

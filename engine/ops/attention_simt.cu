@@ -45,6 +45,7 @@ __device__ void add_rows(float (&sums)[kColumns], const float* weights, const fl
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) simt_forward(AttentionSize a, AttentionForward<T> x) {
+  a.key = a.key.at_step();
   extern __shared__ float shared[];
   float* q = shared;                           // [32, Dk + 1]
   float* k = q + kTile * (a.key_width + 1);    // [32, Dk + 1]
@@ -108,6 +109,7 @@ __device__ Element element_gradient(const AttentionSize& a, int64_t rows, int t,
 // dk and dv of 32 keys: each row is a key, the loop runs over the queries that see it.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) simt_backward_keys(AttentionSize a, AttentionBackward<T> x) {
+  a.key = a.key.at_step();
   extern __shared__ float shared[];
   float* k = shared;                             // [32, Dk + 1]
   float* q = k + kTile * (a.key_width + 1);      // [32, Dk + 1]
@@ -157,6 +159,7 @@ __global__ void __launch_bounds__(kThreads) simt_backward_keys(AttentionSize a, 
 // dq of 32 queries: each row is a query, the loop runs over the keys it sees.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) simt_backward_queries(AttentionSize a, AttentionBackward<T> x) {
+  a.key = a.key.at_step();
   extern __shared__ float shared[];
   float* q = shared;                            // [32, Dk + 1]
   float* k = q + kTile * (a.key_width + 1);     // [32, Dk + 1]

@@ -14,7 +14,7 @@ struct Constant {
 struct Normal {
   float std;
   RngKey key;
-  WEFT_HD float operator()(int64_t i) const { return std * random_normal(key, static_cast<uint64_t>(i)); }
+  WEFT_HD float operator()(int64_t i) const { return std * random_normal(key.at_step(), static_cast<uint64_t>(i)); }
 };
 
 template <class F>

@@ -20,9 +20,10 @@ struct Mask {
 // y[i] = f(whether i is kept, x[i]...) in T's accumulation type. An x may be y itself.
 template <class T, class F, class... X>
 void map_masked(Cpu, int64_t n, Mask mask, F f, T* y, const X*... x) {
+  const RngKey key = mask.key.at_step();
   parallel_for((n + 3) / 4, 1024, [=](int64_t from, int64_t to) {
     for (int64_t group = from; group < to; ++group) {
-      const Philox4 bits = philox(mask.key, static_cast<uint64_t>(group));
+      const Philox4 bits = philox(key, static_cast<uint64_t>(group));
       for (int64_t i = group * 4; i < std::min(n, group * 4 + 4); ++i)
         y[i] = T(f(bits.v[i % 4] < mask.threshold, acc_t<T>(x[i])...));
     }
@@ -35,11 +36,12 @@ __global__ void map_masked_kernel(int64_t n, Mask mask, F f, T* y, const X*... x
   constexpr int kN = kPack<T>;
   const int64_t i = element_index() * kN;
   if (i >= n) return;
+  const RngKey key = mask.key.at_step();
   Pack<T, kN> out;
   const auto apply = [&](const Pack<X, kN>&... in) {
 #pragma unroll
     for (int group = 0; group < kN / 4; ++group) {
-      const Philox4 bits = philox(mask.key, static_cast<uint64_t>(i / 4 + group));
+      const Philox4 bits = philox(key, static_cast<uint64_t>(i / 4 + group));
 #pragma unroll
       for (int j = group * 4; j < group * 4 + 4; ++j)
         out.v[j] = T(f(bits.v[j % 4] < mask.threshold, float(in.v[j])...));
