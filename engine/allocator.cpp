@@ -27,6 +27,7 @@ constexpr int64_t kLargest = int64_t{1} << 46;   // no device has this much
 
 thread_local Category scope_category = Category::activation;
 thread_local const char* scope_layer = "";
+thread_local MemoryPool* pool_in_use = nullptr;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -37,22 +38,31 @@ std::string human(int64_t bytes) {
   return bytes < 1 << 30 ? fmt::format("{:.2f} MiB", b / (1 << 20)) : fmt::format("{:.2f} GiB", b / (1 << 30));
 }
 
+struct Block;
+struct BySize {
+  bool operator()(const Block* a, const Block* b) const;
+};
+// The free blocks of one owner: the allocator itself, or a pool.
+struct FreeBlocks {
+  std::set<Block*, BySize> small, large;
+  std::set<Block*, BySize>& of(bool is_small) { return is_small ? small : large; }
+};
+
 struct Block {
   char* address;
   int64_t size, requested = 0;
   bool small, free = true;
+  FreeBlocks* owner;  // to whom it returns
   Block *before = nullptr, *after = nullptr;  // neighbours in the segment
   Category category = Category::activation;
   const char* layer = "";
 };
 
-struct BySize {
-  bool operator()(const Block* a, const Block* b) const {
-    return a->size != b->size ? a->size < b->size : a->address < b->address;
-  }
-};
+bool BySize::operator()(const Block* a, const Block* b) const {
+  return a->size != b->size ? a->size < b->size : a->address < b->address;
+}
 
-using Use = std::map<std::pair<Category, const char*>, int64_t>;
+using UseByLayer = std::map<std::pair<Category, const char*>, int64_t>;
 
 }  // namespace
 
@@ -67,15 +77,19 @@ MemoryScope::~MemoryScope() {
   scope_layer = old_layer_;
 }
 
+struct MemoryPool::Blocks : FreeBlocks {
+  int64_t live = 0;
+};
+
 struct CachingAllocator::Core {
   mutable std::mutex mutex;
   std::unique_ptr<DeviceMemory> device;
   std::unordered_map<void*, Block*> live;
-  std::set<Block*, BySize> free_small, free_large;
+  FreeBlocks shared;
   MemoryStats stats;
-  Use use;
+  UseByLayer use;
   // The breakdown at the peak is taken when memory first falls after it: until then use only grew.
-  mutable Use peak_use;
+  mutable UseByLayer peak_use;
   mutable ByCategory at_peak{};
   mutable bool peak_is_now = true;
   int64_t limit = 0;
@@ -83,9 +97,13 @@ struct CachingAllocator::Core {
   int64_t ring_capacity = 0, events = 0;
   bool recording = false;
 
-  std::set<Block*, BySize>& pool(bool small) { return small ? free_small : free_large; }
-
   PoolStats& pool_stats(bool small) { return small ? stats.small : stats.large; }
+
+  // Counts a pool's free block in (sign 1) or out (sign -1).
+  void hold(const Block& b, int64_t sign) {
+    stats.held += sign * b.size;
+    pool_stats(b.small).held += sign * b.size;
+  }
 
   // Counts a block in (sign 1) or out (sign -1), in everything that is summed.
   void account(const Block& b, int64_t sign) {
@@ -111,10 +129,10 @@ struct CachingAllocator::Core {
     peak_is_now = false;
   }
 
-  Block* find_free(int64_t size, bool small) {
-    Block wanted{nullptr, size, 0, small};
-    const auto it = pool(small).lower_bound(&wanted);
-    return it == pool(small).end() ? nullptr : *it;
+  static Block* find_free(FreeBlocks& blocks, int64_t size, bool small) {
+    Block wanted{.address = nullptr, .size = size, .small = small, .owner = &blocks};
+    const auto it = blocks.of(small).lower_bound(&wanted);
+    return it == blocks.of(small).end() ? nullptr : *it;
   }
 
   // A new segment as one free block; nullptr when neither limit nor device has room, also after emptying the cache.
@@ -132,18 +150,19 @@ struct CachingAllocator::Core {
       memory = attempt();
     }
     if (!memory) return nullptr;
-    auto block = std::make_unique<Block>(Block{static_cast<char*>(memory), bytes, 0, small});
+    auto block = std::make_unique<Block>(
+        Block{.address = static_cast<char*>(memory), .size = bytes, .small = small, .owner = &shared});
     pool_stats(small).reserved += bytes;
     stats.reserved += bytes;
     stats.peak_reserved = std::max(stats.peak_reserved, stats.reserved);
     ++stats.device_allocations;
-    pool(small).insert(block.get());
+    shared.of(small).insert(block.get());
     return block.release();
   }
 
   int64_t release_cached() {
     int64_t released = 0;
-    for (auto* blocks : {&free_small, &free_large})
+    for (auto* blocks : {&shared.small, &shared.large})
       for (auto it = blocks->begin(); it != blocks->end();) {
         Block* b = *it;
         if (b->before || b->after) {
@@ -164,33 +183,50 @@ struct CachingAllocator::Core {
   void split(Block* block, int64_t size) {
     const int64_t rest = block->size - size;
     if (rest < kUnit || (!block->small && rest <= kSmall)) return;
-    auto* tail = new Block{block->address + size, rest, 0, block->small};
+    auto* tail =
+        new Block{.address = block->address + size, .size = rest, .small = block->small, .owner = block->owner};
     tail->before = block;
     tail->after = block->after;
     if (tail->after) tail->after->before = tail;
     block->after = tail;
     block->size = size;
-    pool(block->small).insert(tail);
+    block->owner->of(block->small).insert(tail);
   }
 
-  // Joins `b` with the free block after it.
-  void absorb_next(Block* b) {
-    Block* next = b->after;
-    pool(b->small).erase(next);
-    b->size += next->size;
-    b->after = next->after;
-    if (b->after) b->after->before = b;
-    delete next;
+  // Makes `b` free: joined with its owner's free blocks on both sides.
+  void put_back(Block* b) {
+    b->free = true;
+    auto& blocks = b->owner->of(b->small);
+    const auto joins = [&](const Block* neighbour) {
+      return neighbour && neighbour->free && neighbour->owner == b->owner;
+    };
+    const auto absorb_next = [&] {
+      Block* next = b->after;
+      b->size += next->size;
+      b->after = next->after;
+      if (b->after) b->after->before = b;
+      delete next;
+    };
+    if (joins(b->after)) {
+      blocks.erase(b->after);
+      absorb_next();
+    }
+    if (joins(b->before)) {
+      b = b->before;
+      blocks.erase(b);  // its size is about to change, and with it its place
+      absorb_next();
+    }
+    blocks.insert(b);
   }
 
   static int64_t largest(const std::set<Block*, BySize>& blocks) {
     return blocks.empty() ? 0 : (*blocks.rbegin())->size;
   }
-  int64_t largest_free() const { return std::max(largest(free_small), largest(free_large)); }
+  int64_t largest_free() const { return std::max(largest(shared.small), largest(shared.large)); }
 
   // What would help, judged by what is held.
   std::string advice(int64_t bytes) const {
-    const int64_t total = static_cast<int64_t>(device->total()), idle = stats.reserved - stats.allocated;
+    const int64_t total = static_cast<int64_t>(device->total()), idle = stats.reserved - stats.allocated - stats.held;
     const auto of = [&](Category c) { return stats.current[static_cast<int>(c)]; };
     std::string smaller = "make the batch, the sequence or the model smaller";
     if (of(Category::activation) > stats.allocated / 2) smaller = "make the batch or the sequence smaller";
@@ -214,12 +250,13 @@ struct CachingAllocator::Core {
       if (stats.current[c] > 0)
         held += fmt::format("{}{} {}", held.empty() ? "" : ", ", name_of(static_cast<Category>(c)),
                             human(stats.current[c]));
-    const int64_t idle = stats.reserved - stats.allocated;
+    if (stats.held > 0) held += fmt::format("{}for captured steps {}", held.empty() ? "" : ", ", human(stats.held));
+    const int64_t idle = stats.reserved - stats.allocated - stats.held;
     fail(Fault::device,
          "out of memory on {}: {} asked for {}{}{}; {} is held ({}), {} reserved of {}{}, {} of it idle with {} in one "
          "piece; {}",
          device->name(), human(bytes), name_of(scope_category), *scope_layer ? " of " : "", scope_layer,
-         human(stats.allocated), held.empty() ? "nothing" : held, human(stats.reserved), human(device->total()),
+         human(stats.allocated + stats.held), held.empty() ? "nothing" : held, human(stats.reserved), human(device->total()),
          limit > 0 ? fmt::format(" with a limit of {}", human(limit)) : "", human(idle), human(largest_free()),
          advice(bytes));
   }
@@ -233,7 +270,7 @@ CachingAllocator::CachingAllocator(std::unique_ptr<DeviceMemory> device) : core_
 CachingAllocator::~CachingAllocator() {
   core_->release_cached();
   for (const auto& [address, block] : core_->live) delete block;
-  for (const auto* blocks : {&core_->free_small, &core_->free_large})
+  for (const auto* blocks : {&core_->shared.small, &core_->shared.large})
     for (const Block* block : *blocks) delete block;
 }
 
@@ -245,12 +282,19 @@ void* CachingAllocator::allocate(int64_t bytes) {
   if (bytes > kLargest) c.out_of_memory(bytes);
   const int64_t size = round_up(bytes, kUnit);
   const bool small = size <= kSmall;
-  Block* block = c.find_free(size, small);
+  MemoryPool::Blocks* const pool = pool_in_use && &pool_in_use->allocator_ == this ? pool_in_use->blocks_.get() : nullptr;
+  Block* block = pool ? Core::find_free(*pool, size, small) : nullptr;
+  if (!block) block = Core::find_free(c.shared, size, small);
   if (!block) block = c.take_segment(size, small);
   if (!block) c.out_of_memory(bytes);
-  c.pool(small).erase(block);
+  block->owner->of(small).erase(block);
   c.split(block, size);
   block->free = false;
+  if (pool) {
+    if (block->owner == pool) c.hold(*block, -1);
+    block->owner = pool;
+    ++pool->live;
+  }
   block->requested = bytes;
   block->category = scope_category;
   block->layer = scope_layer;
@@ -282,18 +326,11 @@ void CachingAllocator::free(void* p) noexcept {
   c.keep_peak();
   c.live.erase(it);
   c.account(*b, -1);
-  b->free = true;
-  if (b->after && b->after->free) c.absorb_next(b);
-  if (b->before && b->before->free) {
-    b = b->before;
-    c.pool(b->small).erase(b);  // its size is about to change, and with it its place
-    Block* merged = b->after;
-    b->size += merged->size;
-    b->after = merged->after;
-    if (b->after) b->after->before = b;
-    delete merged;
+  if (b->owner != &c.shared) {
+    c.hold(*b, 1);
+    --static_cast<MemoryPool::Blocks*>(b->owner)->live;
   }
-  c.pool(b->small).insert(b);
+  c.put_back(b);
 }
 
 MemoryStats CachingAllocator::stats() const {
@@ -302,10 +339,10 @@ MemoryStats CachingAllocator::stats() const {
   MemoryStats s = core_->stats;
   s.at_peak = core_->at_peak;
   s.largest_free = core_->largest_free();
-  s.small.free_blocks = static_cast<int64_t>(core_->free_small.size());
-  s.small.largest_free = Core::largest(core_->free_small);
-  s.large.free_blocks = static_cast<int64_t>(core_->free_large.size());
-  s.large.largest_free = Core::largest(core_->free_large);
+  s.small.free_blocks = static_cast<int64_t>(core_->shared.small.size());
+  s.small.largest_free = Core::largest(core_->shared.small);
+  s.large.free_blocks = static_cast<int64_t>(core_->shared.large.size());
+  s.large.largest_free = Core::largest(core_->shared.large);
   return s;
 }
 
@@ -364,6 +401,29 @@ void CachingAllocator::release_cached() {
   const std::lock_guard lock(core_->mutex);
   core_->release_cached();
 }
+
+MemoryPool::MemoryPool(CachingAllocator& allocator) : allocator_(allocator), blocks_(std::make_unique<Blocks>()) {}
+
+MemoryPool::~MemoryPool() {
+  CachingAllocator::Core& c = *allocator_.core_;
+  const std::lock_guard lock(c.mutex);
+  for (const auto& [address, block] : c.live)
+    if (block->owner == blocks_.get()) block->owner = &c.shared;
+  for (auto* blocks : {&blocks_->small, &blocks_->large})
+    for (Block* block : *blocks) {
+      c.hold(*block, -1);
+      block->owner = &c.shared;
+      c.put_back(block);
+    }
+}
+
+int64_t MemoryPool::live_blocks() const {
+  const std::lock_guard lock(allocator_.core_->mutex);
+  return blocks_->live;
+}
+
+MemoryPool::Use::Use(MemoryPool& pool) : before_(pool_in_use) { pool_in_use = &pool; }
+MemoryPool::Use::~Use() { pool_in_use = before_; }
 
 namespace {
 

@@ -42,12 +42,13 @@ using ByCategory = std::array<int64_t, kCategories>;
 
 // One of the two pools of segments: blocks up to 1 MiB come from the small one. Bytes, but for free_blocks.
 struct PoolStats {
-  int64_t allocated = 0, reserved = 0, free_blocks = 0, largest_free = 0;
+  int64_t allocated = 0, reserved = 0, held = 0, free_blocks = 0, largest_free = 0;
 };
 
-// Bytes. requested: what callers asked for; allocated: after rounding; reserved: taken from the device.
+// Bytes. requested: what callers asked for; allocated: after rounding; reserved: taken from the device, of which `held`
+// is free but set aside for memory pools (below). free_blocks and largest_free leave those out.
 struct MemoryStats {
-  int64_t requested = 0, allocated = 0, reserved = 0;
+  int64_t requested = 0, allocated = 0, reserved = 0, held = 0;
   int64_t peak_requested = 0, peak_allocated = 0, peak_reserved = 0;
   ByCategory current{}, peak{};    // allocated per category now, and each category's own peak
   ByCategory at_peak{};            // the breakdown at the moment of peak_allocated
@@ -83,6 +84,8 @@ class DeviceMemory {
   virtual std::string name() const = 0;
 };
 
+class MemoryPool;
+
 class CachingAllocator {
  public:
   explicit CachingAllocator(std::unique_ptr<DeviceMemory> device);
@@ -104,12 +107,45 @@ class CachingAllocator {
   std::vector<MemoryEvent> timeline() const;  // oldest first
   // At most this many bytes reserved; 0 means no limit but the device's.
   void set_limit(int64_t bytes);
-  // Gives every segment that no block uses back to the device.
+  // Gives every segment that no block uses and no pool holds back to the device.
   void release_cached();
 
  private:
+  friend class MemoryPool;
   struct Core;
   std::unique_ptr<Core> core_;
+};
+
+// Memory set aside for work that is recorded once and runs again later, at the same addresses (a CUDA graph): what is
+// allocated within a Use of the pool returns to the pool when freed, and serves nothing outside such uses until the
+// pool is gone. A pool takes what it lacks from the allocator's idle memory first, so after a step that ran before, it
+// needs nothing new from the device.
+class MemoryPool {
+ public:
+  explicit MemoryPool(CachingAllocator& allocator);
+  ~MemoryPool();  // gives back what is free; what is in use goes back to the allocator when it is freed
+  MemoryPool(const MemoryPool&) = delete;
+  MemoryPool& operator=(const MemoryPool&) = delete;
+  int64_t live_blocks() const;  // handed out and not yet freed
+
+  // While one lives, this thread's allocations come from the pool. Work that runs between two runs of the recorded one
+  // may use its pool too, as long as nothing of it stays: the recorded work writes there again.
+  class Use {
+   public:
+    explicit Use(MemoryPool& pool);
+    ~Use();
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+   private:
+    MemoryPool* before_;
+  };
+
+ private:
+  friend class CachingAllocator;
+  struct Blocks;
+  CachingAllocator& allocator_;
+  std::unique_ptr<Blocks> blocks_;
 };
 
 // The process's allocator of a device.

@@ -27,7 +27,7 @@ std::string csv_field(const std::string& text) {
 
 }  // namespace
 
-double fragmentation(const MemoryStats& s) { return fragmentation(s.reserved - s.allocated, s.largest_free); }
+double fragmentation(const MemoryStats& s) { return fragmentation(s.reserved - s.allocated - s.held, s.largest_free); }
 
 std::string memory_report(const CachingAllocator& allocator, int layers) {
   const MemoryStats s = allocator.stats();
@@ -39,6 +39,7 @@ std::string memory_report(const CachingAllocator& allocator, int layers) {
   row("allocated, after rounding", s.allocated, s.peak_allocated);
   row("reserved from the device", s.reserved, s.peak_reserved);
   out += fmt::format("{} blocks handed out, {} segments taken from the device\n", s.allocations, s.device_allocations);
+  if (s.held > 0) out += fmt::format("{:.2f} MiB of what is reserved are set aside for captured steps\n", mib(s.held));
 
   out += fmt::format("\n{:<28}{:>12}{:>8}{:>16}\n", "category", "at peak", "%", "its own peak");
   for (int c = 0; c < kCategories; ++c)
@@ -68,11 +69,11 @@ std::string memory_report(const CachingAllocator& allocator, int layers) {
   const auto pool_row = [&](const char* name, const PoolStats& p) {
     out += fmt::format("{:<16}{:>12.2f}{:>12.2f}{:>12}{:>14.2f}{:>15.1f}%\n", name, mib(p.allocated), mib(p.reserved),
                        p.free_blocks, mib(p.largest_free),
-                       100 * fragmentation(p.reserved - p.allocated, p.largest_free));
+                       100 * fragmentation(p.reserved - p.allocated - p.held, p.largest_free));
   };
   pool_row("up to 1 MiB", s.small);
   pool_row("larger", s.large);
-  pool_row("both", {s.allocated, s.reserved, s.small.free_blocks + s.large.free_blocks, s.largest_free});
+  pool_row("both", {s.allocated, s.reserved, s.held, s.small.free_blocks + s.large.free_blocks, s.largest_free});
   return out;
 }
 

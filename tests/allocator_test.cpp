@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <thread>
 
@@ -90,7 +91,8 @@ void check_empty(const MemoryStats& s) {
 bool sums_hold(const MemoryStats& s) {
   return sum(s.current) == s.allocated && sum(s.at_peak) == s.peak_allocated && s.requested <= s.allocated &&
          s.allocated <= s.reserved && s.small.allocated + s.large.allocated == s.allocated &&
-         s.small.reserved + s.large.reserved == s.reserved;
+         s.small.reserved + s.large.reserved == s.reserved && s.allocated + s.held <= s.reserved &&
+         s.small.held + s.large.held == s.held;
 }
 
 }  // namespace
@@ -179,6 +181,7 @@ TEST_CASE("a million random operations beside a naive model") {
     int64_t asked, size;
     int category, layer;
   };
+  auto pool = std::make_unique<MemoryPool>(a);  // serves a third of the operations
   std::vector<Live> live;
   std::map<char*, int64_t> extent;  // by address, of what was asked
   ByCategory now{}, own_peak{}, peak_moment{};
@@ -210,7 +213,10 @@ TEST_CASE("a million random operations beside a naive model") {
       const int64_t asked = 1 + below(kind < 14 ? 64 * kKiB : kind < 17 ? 2 * kMiB : kind < 19 ? 10 * kMiB : 40 * kMiB);
       const int category = static_cast<int>(below(kCategories)), layer = static_cast<int>(below(4));
       const MemoryScope scope(static_cast<Category>(category), kLayers[layer]);
+      std::optional<MemoryPool::Use> use;
+      if (i % 3 == 0) use.emplace(*pool);
       char* p = static_cast<char*>(a.allocate(asked));
+      use.reset();
       const auto after = extent.lower_bound(p);
       need(after == extent.end() || p + asked <= after->first, "a block overlaps the next", i);
       if (after != extent.begin()) {
@@ -250,8 +256,10 @@ TEST_CASE("a million random operations beside a naive model") {
       }
     }
     if (i % 50'021 == 0) a.release_cached();
+    if (i % 170'003 == 0) pool = std::make_unique<MemoryPool>(a);
   }
   CHECK(wrong == 0);
+  pool.reset();
   while (!live.empty()) free_one(live.size() - 1);
   const MemoryStats s = a.stats();
   check_empty(s);
@@ -260,6 +268,86 @@ TEST_CASE("a million random operations beside a naive model") {
   a.release_cached();
   CHECK(log.segments.empty());
   CHECK(a.stats().reserved == 0);
+}
+
+TEST_CASE("a pool's memory serves nothing else until the pool is gone") {
+  Log log;
+  CachingAllocator a(fake(log));
+  a.free(a.allocate(64 * kMiB));  // idle memory, as a step leaves it
+  std::map<char*, int64_t> pooled;
+  auto pool = std::make_unique<MemoryPool>(a);
+  void* kept = nullptr;
+  const auto step = [&] {
+    const MemoryPool::Use use(*pool);
+    void *x = a.allocate(20 * kMiB), *y = a.allocate(100), *z = a.allocate(30 * kMiB);
+    if (!kept) kept = a.allocate(1000);
+    a.free(x);
+    void* w = a.allocate(15 * kMiB);  // in x's place
+    CHECK(w == x);
+    pooled = {{static_cast<char*>(x), 20 * kMiB}, {static_cast<char*>(y), 512}, {static_cast<char*>(z), 30 * kMiB},
+              {static_cast<char*>(kept), 1024}};
+    for (void* p : {w, y, z}) a.free(p);
+  };
+  step();
+  const auto first = pooled;
+  CHECK(pool->live_blocks() == 1);
+  CHECK(log.held() == (64 + 2) * kMiB);  // all but the first small block came from what was idle
+  CHECK(a.stats().held == 50 * kMiB + 512);
+  CHECK(a.stats().allocated == 1024);
+  CHECK(a.stats().peak_allocated == 64 * kMiB);
+  CHECK(a.stats().large.largest_free == 14 * kMiB);
+  CHECK(sums_hold(a.stats()));
+  step();  // finds its own memory again
+  CHECK(pooled == first);
+  CHECK(log.held() == (64 + 2) * kMiB);
+
+  std::vector<void*> others;
+  std::mt19937 random(5);
+  for (int i = 0; i < 300; ++i) {
+    const int64_t bytes = 1 + static_cast<int64_t>(random() % (i % 3 ? 1000 : 9 * kMiB));
+    char* p = static_cast<char*>(a.allocate(bytes));
+    others.push_back(p);
+    for (const auto& [start, size] : pooled) CHECK((p + bytes <= start || start + size <= p));
+  }
+  CHECK(pool->live_blocks() == 1);
+  CHECK(sums_hold(a.stats()));
+  for (void* p : others) a.free(p);
+  a.release_cached();
+  CHECK(log.held() == (64 + 2) * kMiB);
+
+  pool.reset();
+  CHECK(a.stats().held == 0);
+  CHECK(a.stats().large.largest_free == 64 * kMiB);  // one piece again
+  CHECK(a.allocate(60 * kMiB) != nullptr);
+  CHECK(log.held() == (64 + 2) * kMiB);
+  a.free(kept);
+  CHECK(sums_hold(a.stats()));
+  CHECK(a.stats().small.free_blocks == 1);
+}
+
+TEST_CASE("a pool's use ends with its scope, is its thread's own, and concerns its allocator alone") {
+  Log log, other_log;
+  CachingAllocator a(fake(log)), other(fake(other_log));
+  MemoryPool pool(a), second(a);
+  {
+    const MemoryPool::Use use(pool);
+    {
+      const MemoryPool::Use inner(second);
+      a.free(a.allocate(512));
+      CHECK(a.stats().held == 512);
+      a.allocate(512);
+      CHECK(second.live_blocks() == 1);
+    }
+    std::thread([&] { a.allocate(512); }).join();
+    other.free(other.allocate(512));
+    CHECK(pool.live_blocks() == 0);
+    a.allocate(512);
+    CHECK(pool.live_blocks() == 1);
+  }
+  a.allocate(512);
+  CHECK(pool.live_blocks() == 1);
+  CHECK(a.stats().held == 0);
+  CHECK(other.stats().held == 0);
 }
 
 TEST_CASE("a peak that nobody looked at in between is the true one") {
