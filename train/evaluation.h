@@ -16,12 +16,6 @@ struct Evaluation {
   double perplexity() const { return std::exp(std::min(loss, 20.0)); }
 };
 
-// A batch's ids as [B, T] tensors on a device.
-struct BatchTensors {
-  Tensor tokens, targets;
-};
-BatchTensors to_device(const Batch& batch, Device device);
-
 // Over the first recipe.eval_batches validation batches, or all when there are fewer.
 Evaluation evaluate(const Transformer& model, const Loader& loader, const Recipe& recipe);
 

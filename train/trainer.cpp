@@ -2,19 +2,16 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <optional>
 
 #include "engine/allocator.h"
 #include "engine/memory_report.h"
-#include "engine/ops.h"
-#include "engine/optim/adamw.h"
-#include "engine/optim/muon.h"
 #include "engine/optim/schedule.h"
 #include "model/transformer.h"
 #include "train/device_info.h"
 #include "train/evaluation.h"
 #include "train/progress.h"
+#include "train/step.h"
 #include "train/stop.h"
 
 namespace weft {
@@ -33,36 +30,6 @@ double median(std::vector<double> values) {
   return *middle;
 }
 
-// Muon for matrices, AdamW for the rest, or AdamW for all.
-struct Optimizers {
-  Optimizers(const Params& params, const Recipe& recipe) {
-    if (recipe.muon)
-      muon.emplace(params.of({Kind::matrix}), MuonOptions{.momentum = recipe.momentum, .compute = recipe.precision});
-    adamw.emplace(recipe.muon ? params.of({Kind::vector, Kind::embedding}) : params.all(),
-                  AdamWOptions{.weight_decay = recipe.weight_decay});
-  }
-  void step(const Recipe& recipe, double rate_factor, double gradient_scale) {
-    if (muon) muon->step(recipe.muon_lr * rate_factor, gradient_scale);
-    adamw->step(recipe.adamw_lr * rate_factor, gradient_scale);
-  }
-  std::optional<Muon> muon;
-  std::optional<AdamW> adamw;
-};
-
-// The global norm of all gradients. Throws when it is not finite, naming what is.
-double checked_gradient_norm(const Params& params, int64_t optimizer_step) {
-  std::vector<Tensor> gradients;
-  for (const Parameter& p : params.list()) gradients.push_back(p.value.grad());
-  const double norm = std::sqrt(squared_norm(gradients).item());
-  if (std::isfinite(norm)) return norm;
-  for (const Parameter& p : params.list())
-    if (!std::isfinite(squared_norm({p.value.grad()}).item()))
-      fail(Fault::nonfinite, "optimizer step {}: the gradient of {} is not finite; no update was applied from it",
-           optimizer_step, p.name);
-  fail(Fault::nonfinite, "optimizer step {}: the global gradient norm overflows; no update was applied from it",
-       optimizer_step);
-}
-
 }  // namespace
 
 Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, const Corpus& corpus, RunFolder& folder) {
@@ -75,7 +42,7 @@ Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, con
 
   Params params;
   const Transformer model(config, Scope(params, recipe.device, seed));
-  Optimizers optimizers(params, recipe);
+  TrainingStep step(model, params, recipe, seed);
   const Loader loader(corpus, recipe.protocol, recipe.batch, recipe.seq, seed);
   Prefetcher batches([&](int64_t step) { return loader.train(step); }, 0);
   const double flops = flops_per_token(config, recipe.seq);
@@ -84,9 +51,8 @@ Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, con
 
   Progress progress(fmt::format("{:<8} seed {}", name, seed));
   std::vector<double> micro_ms, optimizer_ms;
-  std::vector<Tensor> losses;
   double train_loss = 0, busy_seconds = 0;
-  int64_t done = 0, optimizer_step = 0;
+  int64_t queued = 0, done = 0, optimizer_step = 0;  // micro-steps queued, and what has been taken of it
   Evaluation last_evaluation;
   const auto point = [&](const char* kind) {
     return Json{{"kind", kind}, {"experiment_name", name}, {"seed", seed}, {"micro_step", done},
@@ -101,54 +67,48 @@ Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, con
     progress.say(fmt::format("step {}: validation loss {:.4f}, accuracy {:.2f}%, perplexity {:.2f}", done,
                              last_evaluation.loss, 100 * last_evaluation.accuracy, last_evaluation.perplexity()));
   };
-
-  while (done < recipe.steps && !stop_requested()) {
-    // The first optimizer step also makes what lasts (its state); the second is like all others.
-    if (recipe.memory_report && optimizer_step == 1) memory.start_timeline(kTimelineEvents);
-    const auto group_start = Clock::now();
-    const int64_t group = std::min(recipe.accumulate, recipe.steps - done);
-    losses.clear();
-    for (int64_t i = 0; i < group; ++i) {
-      const auto [tokens, targets] = to_device(batches.next(), recipe.device);
-      Rng rng(seed, static_cast<uint64_t>(done + i));
-      Loss loss = model.loss(tokens, targets, {.training = true, .rng = &rng, .compute = recipe.precision});
-      losses.push_back(loss.ce.detached());
-      backward(scale(loss.total, 1.0 / static_cast<double>(recipe.accumulate)));
-    }
-    const double norm = checked_gradient_norm(params, optimizer_step);  // waits for the device
-    const double group_seconds = seconds_since(group_start);
-    for (size_t i = 0; i < losses.size(); ++i)
-      if (const double loss = losses[i].item(); !std::isfinite(loss))
-        fail(Fault::nonfinite, "micro-step {}: the loss is {}; no update was applied from it", done + i, loss);
-
-    const auto optimizer_start = Clock::now();
-    const double rate_factor = schedule(name_of(recipe.protocol)).factor(optimizer_step, {recipe.steps, recipe.optimizer_steps()});
-    optimizers.step(recipe, rate_factor, std::min(1.0, recipe.clip_norm / (norm + 1e-6)));
-    params.clear_grads();
-    wait_for(recipe.device);
-    const double optimizer_seconds = seconds_since(optimizer_start);
-    memory.stop_timeline();
-    micro_ms.push_back(1e3 * group_seconds / static_cast<double>(group));
-    optimizer_ms.push_back(1e3 * optimizer_seconds);
-    busy_seconds += group_seconds + optimizer_seconds;
+  const auto take_result = [&] {
+    const StepResult result = step.take();
+    const int64_t group = static_cast<int64_t>(result.losses.size());
+    const double seconds = (result.micro_ms * static_cast<double>(group) + result.update_ms) / 1e3;
+    micro_ms.push_back(result.micro_ms);
+    optimizer_ms.push_back(result.update_ms);
+    busy_seconds += seconds;
     ++optimizer_step;
-
-    const int64_t before = done;
-    for (const Tensor& loss : losses) {
+    for (const double loss : result.losses) {
       ++done;
-      train_loss = loss.item();
+      train_loss = loss;
       Json p = point("train");
-      p.update(Json{{"loss", train_loss}, {"grad_norm", norm}, {"lr", recipe.adamw_lr * rate_factor},
-                    {"seconds", seconds_since(start)}, {"memory_gb", gigabytes(memory.stats().allocated)}});
+      p.update(Json{{"loss", loss}, {"grad_norm", result.gradient_norm},
+                    {"lr", recipe.adamw_lr * result.rate_factor}, {"seconds", seconds_since(start)},
+                    {"memory_gb", gigabytes(memory.stats().allocated)}});
       folder.append_metric(p);
     }
-    const double rate = static_cast<double>(group * tokens_per_step) / (group_seconds + optimizer_seconds);
+    const double rate = static_cast<double>(group * tokens_per_step) / seconds;
     progress.update({done, recipe.steps, train_loss, rate,
                      peak_rate ? std::optional(rate * flops / *peak_rate) : std::nullopt,
                      gigabytes(memory.stats().peak_allocated)});
-    if (done / recipe.eval_every != before / recipe.eval_every && done < recipe.steps && !stop_requested())
+  };
+  const auto take_results = [&] {
+    while (step.updates_pending() > 0) take_result();
+  };
+
+  const ScheduleRow& rates = schedule(name_of(recipe.protocol));
+  for (int64_t s = 0; queued < recipe.steps && !stop_requested(); ++s) {
+    // The first optimizer step also makes what lasts (its state); the second is like all others.
+    if (recipe.memory_report && s == 1) memory.start_timeline(kTimelineEvents);
+    const int64_t before = queued, group = std::min(recipe.accumulate, recipe.steps - queued);
+    for (; queued < before + group; ++queued) step.micro_batch(batches.next());
+    step.update(rates.factor(s, {recipe.steps, recipe.optimizer_steps()}));
+    memory.stop_timeline();
+    // A GPU works on the next step meanwhile.
+    while (step.updates_pending() > (recipe.device == Device::cuda ? 1 : 0)) take_result();
+    if (queued / recipe.eval_every != before / recipe.eval_every && queued < recipe.steps && !stop_requested()) {
+      take_results();
       run_evaluation();
+    }
   }
+  take_results();
   const bool complete = done == recipe.steps;
   run_evaluation();
 

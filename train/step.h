@@ -1,0 +1,63 @@
+// One optimizer step of training: the forward and backward passes of its micro-batches, the gradient's norm and
+// clipping, and the update. The host only queues the work, and takes each step's results after it has queued the next.
+// Used by the trainer and bench_step.
+//
+//   TrainingStep step(model, params, recipe, seed);
+//   step.micro_batch(batch);   // recipe.accumulate times, or fewer
+//   step.update(rate_factor);
+//   const StepResult result = step.take();  // waits for the oldest update not taken
+#pragma once
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "engine/optim/adamw.h"
+#include "engine/optim/muon.h"
+#include "engine/queue.h"
+#include "model/transformer.h"
+#include "train/batch_input.h"
+#include "train/recipe.h"
+
+namespace weft {
+
+struct StepResult {
+  int64_t step = 0, first_micro_step = 0;  // numbers, from 0
+  std::vector<double> losses;              // cross-entropy of each micro-batch
+  double gradient_norm = 0;                // before clipping
+  double rate_factor = 0;
+  double micro_ms = 0;                     // forward and backward of one micro-batch, the mean of the step's
+  double update_ms = 0;                    // norm, clipping and update
+};
+
+class TrainingStep {
+ public:
+  // Muon for matrices and AdamW for the rest, or AdamW for all, as the recipe says. Micro-batches are counted from 0:
+  // with the seed, a micro-batch's number gives its random masks.
+  TrainingStep(const Transformer& model, const Params& params, const Recipe& recipe, uint64_t seed);
+
+  ~TrainingStep();
+  // Queues forward and backward; the gradients add up until the update.
+  void micro_batch(const Batch& batch);
+  // Queues the norm, clipping and the update, with the recipe's learning rates times `rate_factor`.
+  void update(double rate_factor);
+
+  int64_t updates_pending() const { return step_ - taken_; }  // queued and not taken: at most kInFlight
+  static constexpr int kInFlight = 4;
+  // Waits for the oldest of them. Throws Fault::nonfinite naming the step and what was not finite: its update was not
+  // applied, nor any later one.
+  StepResult take();
+
+ private:
+  struct Record;
+  const Transformer& model_;
+  const Params& params_;
+  Recipe recipe_;
+  uint64_t seed_;
+  std::optional<Muon> muon_;
+  std::optional<AdamW> adamw_;
+  BatchInput input_;
+  std::vector<std::unique_ptr<Record>> records_;  // step n's is at n % kInFlight
+  int64_t step_ = 0, micro_step_ = 0, micro_in_step_ = 0, taken_ = 0;  // of the next to be queued; of the next to be taken
+};
+
+}  // namespace weft
