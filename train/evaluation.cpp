@@ -5,7 +5,9 @@
 
 namespace weft {
 
-Evaluation evaluate(const Transformer& model, const Loader& loader, const Recipe& recipe) {
+namespace {
+
+Evaluation evaluate_batches(const Transformer& model, const Loader& loader, const Recipe& recipe) {
   const NoGrad no_grad;
   const int64_t batches = std::min(recipe.eval_batches, loader.validation_batches());
   int64_t tokens = 0;
@@ -34,6 +36,21 @@ Evaluation evaluate(const Transformer& model, const Loader& loader, const Recipe
         load[x] += (begins[x + 1] - begins[x]) / static_cast<double>(begins.back() * batches);
     }
   }
+  return e;
+}
+
+}  // namespace
+
+Evaluation evaluate(const Transformer& model, const Loader& loader, const Recipe& recipe, MemoryPool* pool) {
+  if (!pool) return evaluate_batches(model, loader, recipe);
+  const int64_t blocks = pool->live_blocks();
+  Evaluation e;
+  {
+    const MemoryPool::Use use(*pool);
+    e = evaluate_batches(model, loader, recipe);
+  }
+  check(pool->live_blocks() == blocks, "an evaluation leaves nothing in memory that training steps overwrite, found {}",
+        pool->live_blocks() - blocks);
   return e;
 }
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "engine/allocator.h"
 #include "model/transformer.h"
 #include "train/recipe.h"
 
@@ -16,7 +17,8 @@ struct Evaluation {
   double perplexity() const { return std::exp(std::min(loss, 20.0)); }
 };
 
-// Over the first recipe.eval_batches validation batches, or all when there are fewer.
-Evaluation evaluate(const Transformer& model, const Loader& loader, const Recipe& recipe);
+// Over the first recipe.eval_batches validation batches, or all when there are fewer. It works in the pool's memory if
+// one is given: that of captured training steps, which do not run meanwhile.
+Evaluation evaluate(const Transformer& model, const Loader& loader, const Recipe& recipe, MemoryPool* pool = nullptr);
 
 }  // namespace weft

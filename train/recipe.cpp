@@ -75,6 +75,8 @@ const std::vector<RecipeField>& fields() {
       number("weight_decay", &Recipe::weight_decay, 100),
       number("clip_norm", &Recipe::clip_norm, 1e12),
       number("memory_limit_gb", &Recipe::memory_limit_gb, 1e6),
+      {"graphs", [](Recipe& r, const std::string& t) { r.graphs = parse_bool("graphs", t); },
+       [](const Recipe& r) -> Json { return r.graphs; }},
       choice("memory_report", &Recipe::memory_report, "on", true, "off", false),
   };
   return table;

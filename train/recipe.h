@@ -29,6 +29,7 @@ struct Recipe {
   int64_t max_tokens = -1;         // of the data that are used; 0: all, -1: what the protocol says
   double muon_lr = 0.01, momentum = 0.95, adamw_lr = 0.001, weight_decay = 0.1, clip_norm = 1.0;
   double memory_limit_gb = 0;      // 0: none
+  bool graphs = true;              // on a GPU, steps are captured as CUDA graphs; the results are the same
   bool memory_report = false;      // of each run's peak and of an optimizer step, in the run folder
 
   Config model;                    // what all configurations share

@@ -2,6 +2,10 @@
 
 #include <cmath>
 
+#if WEFT_CUDA
+#include "engine/cuda/graph.h"
+#endif
+
 namespace weft {
 
 // What is known of one step only when the device is through with it, and when it began on its parts.
@@ -14,15 +18,51 @@ struct TrainingStep::Record {
   Staging losses;  // f32 [accumulate]
 };
 
+// Work that is the same in every step.
+struct TrainingStep::Piece {
+  bool ran = false;
+#if WEFT_CUDA
+  Graph graph;
+#endif
+};
+
 TrainingStep::TrainingStep(const Transformer& model, const Params& params, const Recipe& recipe, uint64_t seed)
     : model_(model), params_(params), recipe_(recipe), seed_(seed), input_(recipe.batch, recipe.seq, recipe.device) {
   if (recipe.muon)
     muon_.emplace(params.of({Kind::matrix}), MuonOptions{.momentum = recipe.momentum, .compute = recipe.precision});
   adamw_.emplace(recipe.muon ? params.of({Kind::vector, Kind::embedding}) : params.all(),
                  AdamWOptions{.weight_decay = recipe.weight_decay});
+  if (recipe.graphs && recipe.device == Device::cuda) pool_ = std::make_unique<MemoryPool>(allocator(recipe.device));
+  for (std::unique_ptr<Piece>* piece : {&first_, &later_, &update_}) *piece = std::make_unique<Piece>();
+  const MemoryScope scope(Category::workspace, "step");
+  loss_ = Tensor::zeros({}, DType::f32, recipe.device);
   for (int i = 0; i < kInFlight; ++i) records_.push_back(std::make_unique<Record>(recipe));
 }
 TrainingStep::~TrainingStep() = default;
+
+// In the first step everything runs eagerly: what lasts comes into being, kernels are loaded and algorithms chosen.
+void TrainingStep::run(Piece& piece, const std::function<void()>& work) {
+#if WEFT_CUDA
+  if (pool_ && step_ > 0 && piece.ran) {
+    if (!piece.graph) {
+      const MemoryPool::Use use(*pool_);
+      piece.graph = Graph(work);
+    }
+    piece.graph.launch();
+    return;
+  }
+#endif
+  work();
+  piece.ran = true;
+}
+
+void TrainingStep::forward_and_backward() {
+  Rng rng(seed_, input_.step());
+  const Loss loss = model_.loss(input_.tokens(), input_.targets(),
+                                {.training = true, .rng = &rng, .compute = recipe_.precision});
+  copy_into(loss_, loss.ce);
+  backward(scale(loss.total, 1.0 / static_cast<double>(recipe_.accumulate)));
+}
 
 void TrainingStep::micro_batch(const Batch& batch) {
   check(updates_pending() < kInFlight, "the results of {} steps must be taken before another begins", kInFlight);
@@ -36,12 +76,9 @@ void TrainingStep::micro_batch(const Batch& batch) {
     record.begin.set();
   }
   input_.queue(batch, static_cast<uint64_t>(micro_step_));
-  Rng rng(seed_, input_.step());
-  const Loss loss = model_.loss(input_.tokens(), input_.targets(),
-                                {.training = true, .rng = &rng, .compute = recipe_.precision});
-  queue_copy(record.losses.at<float>(micro_in_step_ * static_cast<int64_t>(sizeof(float))), loss.ce.raw(),
-             sizeof(float), recipe_.device);
-  backward(scale(loss.total, 1.0 / static_cast<double>(recipe_.accumulate)));
+  run(micro_in_step_ == 0 ? *first_ : *later_, [this] { forward_and_backward(); });
+  queue_copy(record.losses.at<float>(micro_in_step_ * static_cast<int64_t>(sizeof(float))), loss_.raw(), sizeof(float),
+             recipe_.device);
   ++micro_in_step_;
   ++micro_step_;
 }
@@ -68,7 +105,7 @@ void TrainingStep::update(double rate_factor) {
   const double scale = std::min(1.0, recipe_.clip_norm / (norm + 1e-6));
   if (muon_) muon_->step(recipe_.muon_lr * rate_factor, scale);
   adamw_->step(recipe_.adamw_lr * rate_factor, scale);
-  params_.clear_grads();
+  if (!pool_ || step_ == 0) params_.clear_grads();
   record.end.set();
   record.known.gradient_norm = norm;
   record.known.rate_factor = rate_factor;

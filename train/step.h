@@ -1,16 +1,19 @@
 // One optimizer step of training: the forward and backward passes of its micro-batches, the gradient's norm and
 // clipping, and the update. The host only queues the work, and takes each step's results after it has queued the next.
-// Used by the trainer and bench_step.
+// On a GPU a step is captured as CUDA graphs: each of its pieces runs eagerly once, is then recorded and from there on
+// launched as a whole. Used by the trainer and bench_step.
 //
 //   TrainingStep step(model, params, recipe, seed);
 //   step.micro_batch(batch);   // recipe.accumulate times, or fewer
 //   step.update(rate_factor);
 //   const StepResult result = step.take();  // waits for the oldest update not taken
 #pragma once
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "engine/allocator.h"
 #include "engine/optim/adamw.h"
 #include "engine/optim/muon.h"
 #include "engine/queue.h"
@@ -47,8 +50,15 @@ class TrainingStep {
   // applied, nor any later one.
   StepResult take();
 
+  // The memory of the captured work, where there is some. Between updates other work may run in it.
+  MemoryPool* pool() { return pool_.get(); }
+
  private:
   struct Record;
+  struct Piece;
+  void run(Piece& piece, const std::function<void()>& work);
+  void forward_and_backward();
+
   const Transformer& model_;
   const Params& params_;
   Recipe recipe_;
@@ -56,6 +66,9 @@ class TrainingStep {
   std::optional<Muon> muon_;
   std::optional<AdamW> adamw_;
   BatchInput input_;
+  Tensor loss_;  // f32 []: of the micro-batch that ran last
+  std::unique_ptr<MemoryPool> pool_;  // before the pieces that run in it
+  std::unique_ptr<Piece> first_, later_, update_;  // micro-batches that write the gradients and that add to them
   std::vector<std::unique_ptr<Record>> records_;  // step n's is at n % kInFlight
   int64_t step_ = 0, micro_step_ = 0, micro_in_step_ = 0, taken_ = 0;  // of the next to be queued; of the next to be taken
 };

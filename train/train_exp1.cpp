@@ -48,7 +48,7 @@ int run(int argc, char** argv) {
   std::vector<std::pair<const FieldOption*, std::string>> fields;
   for (const FieldOption& f : kFieldOptions) fields.push_back({&f, ""});
   for (auto& [f, text] : fields) app.add_option(f->option, text, f->help)->take_last();
-  app.add_option("--set", settings, "key=value, for every field that --print-config shows; may be repeated");
+  app.add_option("--set", settings, "key=value, for every field that --print-config shows (graphs=0: on a GPU, no CUDA graphs); may be repeated");
   app.add_option("--out", out, "folder of the run, new (default: runs/exp1-<time>)")->take_last();
   app.add_flag("--resume", resume, "continue the run in --out: complete runs are kept, the others trained again");
   app.add_flag("--memory-report", memory_report, "write who held the memory at each run's peak, and a step's timeline");

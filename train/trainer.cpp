@@ -42,7 +42,9 @@ Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, con
 
   Params params;
   const Transformer model(config, Scope(params, recipe.device, seed));
-  TrainingStep step(model, params, recipe, seed);
+  Recipe step_recipe = recipe;
+  if (recipe.memory_report) step_recipe.graphs = false;  // a captured step hands no block out
+  TrainingStep step(model, params, step_recipe, seed);
   const Loader loader(corpus, recipe.protocol, recipe.batch, recipe.seq, seed);
   Prefetcher batches([&](int64_t step) { return loader.train(step); }, 0);
   const double flops = flops_per_token(config, recipe.seq);
@@ -59,7 +61,7 @@ Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, con
                 {"step", optimizer_step}, {"tokens", done * tokens_per_step}};
   };
   const auto run_evaluation = [&] {
-    last_evaluation = evaluate(model, loader, recipe);
+    last_evaluation = evaluate(model, loader, recipe, step.pool());
     Json p = point("eval");
     p.update(Json{{"val_loss", last_evaluation.loss}, {"val_accuracy", last_evaluation.accuracy},
                   {"val_perplexity", last_evaluation.perplexity()}, {"seconds", seconds_since(start)}});

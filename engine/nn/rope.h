@@ -1,8 +1,10 @@
 // Rotary position embedding (Su et al., 2021) with the usual ways to stretch it over longer texts. The angles are
-// computed on the host in double; one Rope serves all layers of a model, as its table is shared.
+// computed on the host in double; one Rope serves all layers of a model, as its tables are shared.
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <memory>
 #include <numbers>
 #include <string>
 #include <vector>
@@ -70,12 +72,17 @@ class Rope {
  public:
   // A table for texts of up to `length`.
   Rope(const RopeOptions& options, int64_t length, Device device)
-      : options_(options), length_(length), table_(make(length, device)) {}
+      : options_(options), length_(length), tables_(std::make_shared<std::map<int64_t, Tensor>>()) {
+    tables_->emplace(length, make(length, device));
+  }
 
   Tensor operator()(const Tensor& x) const {  // [B, T, H, D]: rotates the last R columns
     const int64_t length = x.size(1);
     check(length <= length_, "a text of {} positions, where the rotary table has {}", length, length_);
-    return rope(x, options_.scaling == RopeScaling::dynamic && length < length_ ? make(length, x.device()) : table_);
+    if (options_.scaling != RopeScaling::dynamic) return rope(x, tables_->at(length_));
+    auto table = tables_->find(length);
+    if (table == tables_->end()) table = tables_->emplace(length, make(length, x.device())).first;
+    return rope(x, table->second);
   }
 
  private:
@@ -94,7 +101,7 @@ class Rope {
 
   RopeOptions options_;
   int64_t length_;
-  Tensor table_;
+  std::shared_ptr<std::map<int64_t, Tensor>> tables_;  // by length, where the angles depend on it
 };
 
 }  // namespace weft
