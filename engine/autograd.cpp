@@ -47,6 +47,23 @@ Tensor record(const char* op, Tensor y, const std::vector<Tensor>& inputs, Gradi
   return y;
 }
 
+std::vector<Tensor> record_joint(const char* op, std::vector<Tensor> ys, const std::vector<Tensor>& inputs,
+                                 JointGradientFn gradient) {
+  auto arrived = std::make_shared<std::vector<Tensor>>(ys.size());
+  // An output's gradient waits in `arrived`; the common node gets an empty tensor, which says that it has to run.
+  const Tensor common = record(op, Tensor::empty({0}, ys[0].dtype(), ys[0].device()), inputs,
+                               [arrived, gradient = std::move(gradient)](const Tensor&) -> Gradients {
+                                 return gradient(std::exchange(*arrived, {}));
+                               });
+  for (size_t i = 0; i < ys.size(); ++i)
+    ys[i] = record(op, ys[i], {common}, [arrived, i](const Tensor& dy) -> Gradients {
+      const bool first = std::none_of(arrived->begin(), arrived->end(), [](const Tensor& t) { return bool(t); });
+      (*arrived)[i] = dy;
+      return {first ? Tensor::empty({0}, dy.dtype(), dy.device()) : Tensor{}};
+    });
+  return ys;
+}
+
 Tensor leaf(const Tensor& x) {
   Tensor t = x.detached();
   auto node = std::make_shared<Node>("leaf", next_order++, t.shape(), t.dtype());

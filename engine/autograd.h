@@ -1,5 +1,5 @@
-// Reverse-mode differentiation: one tape, one differentiable output per op. An op calls record() on its finished
-// output with its inputs and a closure from dy to the inputs' gradients; what the closure captures is what is saved.
+// Reverse-mode differentiation on one tape. An op calls record() on its finished output with its inputs and a closure
+// from dy to the inputs' gradients; what the closure captures is what is saved.
 // A closure that needs its own output captures it before record() attaches the node, so no cycle can form.
 #pragma once
 #include <functional>
@@ -27,6 +27,12 @@ struct Node {
 
 // Attaches a node to y when recording is on and an input needs a gradient; returns y.
 Tensor record(const char* op, Tensor y, const std::vector<Tensor>& inputs, GradientFn gradient);
+
+// For an op of several outputs: the closure gets what reached each of them, no tensor where nothing did.
+using JointGradientFn = std::function<Gradients(std::vector<Tensor> dys)>;
+// Attaches to each of ys a node in front of a common one: the closure runs once, after the gradients of all of ys.
+std::vector<Tensor> record_joint(const char* op, std::vector<Tensor> ys, const std::vector<Tensor>& inputs,
+                                 JointGradientFn gradient);
 
 // x as a leaf: backward adds to its grad(), in x's dtype, and keeps it until clear_grad().
 Tensor leaf(const Tensor& x);

@@ -18,8 +18,7 @@ Tensor cast(const Tensor& x, DType dtype);     // x in another floating dtype; x
 // x / (1-p) where kept, else 0; element i is kept where random_bits(key, i) < keep_threshold(p). The mask is drawn
 // again in the gradient. p = 0 gives x itself.
 Tensor dropout(const Tensor& x, double p, RngKey key);
-Tensor silu_dropout(const Tensor& x, double p, RngKey key);                         // dropout(silu(x), p, key)
-Tensor add_dropout(const Tensor& residual, const Tensor& x, double p, RngKey key);  // residual + dropout(x, p, key)
+Tensor silu_dropout(const Tensor& x, double p, RngKey key);  // dropout(silu(x), p, key)
 // x + std * random_normal(key, i); gradient 1.
 Tensor add_normal(const Tensor& x, double std, RngKey key);
 
@@ -44,6 +43,13 @@ Tensor matmul(const Tensor& a, const Tensor& b, Transpose transpose = Transpose:
 // ---- layers
 // x / sqrt(mean(x^2) + eps) * weight along the last axis (Zhang & Sennrich, 2019). weight [D], f32 or x's dtype.
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+// The residual stream and its norm, in one pass each way: sum = residual + dropout(x, p, key) (without a residual
+// dropout(x, p, key)), normed = rms_norm(sum, weight, eps).
+struct NormedSum {
+  Tensor sum, normed;
+};
+NormedSum add_rms_norm(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps, double p = 0,
+                       RngKey key = {});
 // scale * table[ids]: ids i32 of any shape, table [V, D] -> [.., D] in `dtype`. The gradient is summed in a fixed
 // order, so it is deterministic; it has the table's dtype. An id outside the table reads as zeros and is reported by
 // the loader's check, not here.
@@ -77,6 +83,9 @@ Tensor balance_loss(const Tensor& logits, const Routing& r);
 Tensor gather_rows(const Tensor& x, const Routing& r);                      // [N, D] -> [N*K, D] sorted by expert
 // y [N*K, D] sorted by expert, weights [N, K] in f32 (f64 for f64) -> sum_k weights[n,k] * y[slots[n,k]], [N, D].
 Tensor combine_rows(const Tensor& y, const Tensor& weights, const Routing& r);
+// add_rms_norm of x[n] = sum_k rows[slots[n,k]], rows [N*K, D] sorted by expert; the residual is like x [.., D].
+NormedSum add_rms_norm(const Tensor& residual, const Tensor& rows, const Routing& r, const Tensor& weight, double eps,
+                       double p = 0, RngKey key = {});
 // Rows of expert e times w[e] transposed: x [R, I], w [E, O, I] -> [R, O]. Experts may be empty.
 Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r);
 

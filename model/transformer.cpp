@@ -25,16 +25,15 @@ Block::Block(const Config& c, Scope s, const Rope& rope)
       dropout{c.dropout}, attention_layer(interned((s / "attention").prefix())),
       ffn_layer(interned((s / "feed_forward").prefix())) {}
 
-MoeOutput Block::operator()(const Tensor& x, const Mode& mode) const {
-  Tensor middle;
+BlockOutput Block::operator()(const NormedSum& stream, const RmsNorm& next, const Mode& mode) const {
+  NormedSum middle;
   {
     MemoryScope memory(Category::activation, attention_layer);
-    middle = dropout.onto(x, attention(attention_norm(x), mode), mode);
+    middle = dropout.onto(stream.sum, attention(stream.normed, mode), ffn_norm, mode);
   }
   MemoryScope memory(Category::activation, ffn_layer);
-  MoeOutput out = feed_forward(ffn_norm(middle), mode);
-  out.y = dropout.onto(middle, out.y, mode);
-  return out;
+  MoeOutput out = feed_forward(middle.normed, mode);
+  return {dropout.onto(middle.sum, out.y, next, mode), out.balance, std::move(out.routing)};
 }
 
 Transformer::Transformer(const Config& config, Scope scope)
@@ -56,19 +55,22 @@ Output Transformer::operator()(const Tensor& tokens, const Mode& mode) const {
   check(tokens.rank() == 2 && tokens.size(1) <= config.max_seq_len, "tokens must be [B, T <= {}], found {}",
         config.max_seq_len, tokens.shape().str());
   Output out;
-  Tensor x;  // [B, T, D]
+  const auto norm_before = [&](size_t block) -> const RmsNorm& {
+    return block < blocks.size() ? blocks[block].attention_norm : norm;
+  };
+  NormedSum stream;
   {
     MemoryScope memory(Category::activation, "token_embedding");
-    x = dropout(token_embedding(tokens, mode.compute), mode);
+    stream = dropout.onto({}, token_embedding(tokens, mode.compute), norm_before(0), mode);
   }
-  for (const Block& block : blocks) {
-    MoeOutput y = block(x, mode);
-    x = y.y;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    BlockOutput y = blocks[i](stream, norm_before(i + 1), mode);
+    stream = y.stream;
     if (y.balance) out.aux = out.aux ? add(out.aux, y.balance) : y.balance;
     out.routings.push_back(std::move(y.routing));
   }
   MemoryScope memory(Category::activation, "head");
-  out.logits = token_embedding.logits(dropout(norm(x), mode));
+  out.logits = token_embedding.logits(dropout(stream.normed, mode));
   return out;
 }
 

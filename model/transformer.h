@@ -2,12 +2,18 @@
 #pragma once
 #include <vector>
 
+#include "engine/nn/dropout.h"
 #include "engine/nn/embedding.h"
-#include "engine/nn/rms_norm.h"
 #include "model/attention.h"
 #include "model/moe.h"
 
 namespace weft {
+
+struct BlockOutput {
+  NormedSum stream;  // with the norm that comes next
+  Tensor balance;    // [] f32; no tensor outside training
+  Routing routing;
+};
 
 struct Block {
   RmsNorm attention_norm, ffn_norm;
@@ -18,8 +24,9 @@ struct Block {
   const char* ffn_layer;
 
   Block(const Config& c, Scope s, const Rope& rope);
-  // y + balance loss; `x` is the residual stream [B, T, D].
-  MoeOutput operator()(const Tensor& x, const Mode& mode) const;
+  // The residual stream [B, T, D] goes in under attention_norm and out under `next`: each addition to it and the norm
+  // that reads it are one pass over memory, also from one block to the next.
+  BlockOutput operator()(const NormedSum& stream, const RmsNorm& next, const Mode& mode) const;
 };
 
 struct Output {

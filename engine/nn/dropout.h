@@ -1,7 +1,7 @@
 // Dropout that is there only in training.
 #pragma once
 #include "engine/nn/mode.h"
-#include "engine/ops.h"
+#include "engine/nn/rms_norm.h"
 
 namespace weft {
 
@@ -14,9 +14,10 @@ struct Dropout {
   Tensor of_silu(const Tensor& x, const Mode& mode) const {
     return active(mode) ? silu_dropout(x, p, mode.key()) : silu(x);
   }
-  // residual + the same of x.
-  Tensor onto(const Tensor& residual, const Tensor& x, const Mode& mode) const {
-    return active(mode) ? add_dropout(residual, x, p, mode.key()) : add(residual, x);
+  // residual + the same of x (without a residual the same of x), and the norm of that.
+  NormedSum onto(const Tensor& residual, const Tensor& x, const RmsNorm& norm, const Mode& mode) const {
+    return active(mode) ? add_rms_norm(residual, x, norm.weight, norm.eps, p, mode.key())
+                        : add_rms_norm(residual, x, norm.weight, norm.eps);
   }
 
  private:

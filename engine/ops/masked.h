@@ -17,6 +17,22 @@ struct Mask {
   Mask(RngKey key, double p) : key(key), threshold(keep_threshold(p)) {}
 };
 
+// Whether element i is kept; asked in order, neighbours share one Philox call.
+class MaskReader {
+ public:
+  explicit MaskReader(const Mask& mask) : key_(mask.key.at_step()), threshold_(mask.threshold) {}
+  bool operator()(int64_t i) {
+    if (i / 4 != group_) group_ = i / 4, bits_ = philox(key_, static_cast<uint64_t>(group_));
+    return bits_.v[i % 4] < threshold_;
+  }
+
+ private:
+  RngKey key_;
+  uint32_t threshold_;
+  int64_t group_ = -1;
+  Philox4 bits_{};
+};
+
 // y[i] = f(whether i is kept, x[i]...) in T's accumulation type. An x may be y itself.
 template <class T, class F, class... X>
 void map_masked(Cpu, int64_t n, Mask mask, F f, T* y, const X*... x) {
@@ -31,6 +47,22 @@ void map_masked(Cpu, int64_t n, Mask mask, F f, T* y, const X*... x) {
 }
 
 #ifdef __CUDACC__
+// Bit j: whether element i + j is kept, for j in [0, kN). `key` is that of the step. kAligned: i is a multiple of 4.
+template <int kN, bool kAligned = false>
+__device__ inline uint32_t kept_bits(RngKey key, uint32_t threshold, int64_t i) {
+  uint32_t kept = 0;
+  const auto draw = [&](int group) {
+    const Philox4 bits = philox(key, static_cast<uint64_t>(i / 4 + group));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) kept |= static_cast<uint32_t>(bits.v[j] < threshold) << (group * 4 + j);
+  };
+#pragma unroll
+  for (int group = 0; group < kN / 4; ++group) draw(group);
+  if (kAligned || i % 4 == 0) return kept;
+  draw(kN / 4);
+  return kept >> (i % 4);
+}
+
 template <class T, class F, class... X>
 __global__ void map_masked_kernel(int64_t n, Mask mask, F f, T* y, const X*... x) {
   constexpr int kN = kPack<T>;

@@ -1,189 +1,334 @@
-// y = x r w, r = 1 / sqrt(mean(x^2) + eps) of each row; with g = dy w:
-// dx = r (g - x r^2 mean(g x)), dw = sum over rows of dy x r.
+// y = s r w, r = 1 / sqrt(mean(s^2) + eps) of each row, where s = x, or residual + dropout(x), or the same of the sum of
+// a token's expert rows. With g = dy w and ds of the residual stream: dresidual = ds + r (g - s r^2 mean(g s)),
+// dx = dresidual where kept, over 1 - p, for each of the rows that were summed; dw = sum over rows of dy s r.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "engine/allocator.h"
 #include "engine/cpu/parallel.h"
-#include "engine/ops.h"
-#if WEFT_CUDA
-#include "engine/cuda/vector.h"
-#endif
+#include "engine/ops/masked.h"
+#include "engine/ops/routing.h"
 
 namespace weft {
 namespace {
 
-// T: of x, W: of the weight, A: of the sums and of r.
+// What comes before the norm.
+struct Before {
+  Mask mask;
+  double p;                        // 0: nothing is dropped
+  const int32_t* slots = nullptr;  // [rows, chosen]: the rows of x whose sum a row is; null: row n is row n
+  int64_t chosen = 1;
+
+  WEFT_HD int64_t row_of(int64_t row, int64_t k) const { return slots ? slots[row * chosen + k] : row; }
+};
+struct Size {
+  int64_t rows, d;
+};
+
+// T: of x, W: of the weight, A: of the sums and of r. `sum` is null where s is x itself.
 template <class T, class W, class A = acc_t<T>>
-void forward(Cpu, const T* x, const W* w, T* y, A* r, int64_t rows, int64_t d, double eps) {
-  parallel_for(rows, std::max<int64_t>(1, 4096 / (d + 1)), [=](int64_t from, int64_t to) {
+void forward(Cpu, const Before& before, const T* residual, const T* x, const W* w, T* sum, T* y, A* r, Size size,
+             double eps) {
+  const int64_t d = size.d;
+  const A keep_scale = A(1 / (1 - before.p));
+  parallel_for(size.rows, std::max<int64_t>(1, 4096 / (d + 1)), [=](int64_t from, int64_t to) {
+    MaskReader kept(before.mask);
     for (int64_t row = from; row < to; ++row) {
-      const T* xr = x + row * d;
       A squares = 0;
-      for (int64_t i = 0; i < d; ++i) squares += A(xr[i]) * A(xr[i]);
+      for (int64_t i = 0; sum && i < d; ++i) {
+        A s = 0;
+        for (int64_t k = 0; k < before.chosen; ++k) s += A(x[before.row_of(row, k) * d + i]);
+        if (before.p > 0) s = kept(row * d + i) ? s * keep_scale : A(0);
+        sum[row * d + i] = T(residual ? A(residual[row * d + i]) + s : s);
+      }
+      const T* s = (sum ? sum : x) + row * d;
+      for (int64_t i = 0; i < d; ++i) squares += A(s[i]) * A(s[i]);
       const A rr = 1 / std::sqrt(squares / A(d) + A(eps));
       r[row] = rr;
-      for (int64_t i = 0; i < d; ++i) y[row * d + i] = T(A(xr[i]) * rr * A(w[i]));
+      for (int64_t i = 0; i < d; ++i) y[row * d + i] = T(A(s[i]) * rr * A(w[i]));
     }
   });
 }
+// dsum may be null, and each of dresidual, dx and dw where it is not wanted; dresidual may be dsum.
 template <class T, class W, class A = acc_t<T>>
-void backward_x(Cpu, const T* x, const W* w, const A* r, const T* dy, T* dx, int64_t rows, int64_t d) {
-  parallel_for(rows, std::max<int64_t>(1, 4096 / (d + 1)), [=](int64_t from, int64_t to) {
+void backward(Cpu, const Before& before, const T* s, const W* w, const A* r, const T* dsum, const T* dy, T* dresidual,
+              T* dx, W* dw, Size size) {
+  const int64_t d = size.d;
+  if (dw)
+    parallel_for(d, 64, [=](int64_t from, int64_t to) {
+      std::vector<A> sums(static_cast<size_t>(to - from));
+      for (int64_t row = 0; row < size.rows; ++row)
+        for (int64_t i = from; i < to; ++i)
+          sums[static_cast<size_t>(i - from)] += A(dy[row * d + i]) * A(s[row * d + i]) * r[row];
+      for (int64_t i = from; i < to; ++i) dw[i] = W(sums[static_cast<size_t>(i - from)]);
+    });
+  if (!dresidual && !dx) return;
+  const A keep_scale = A(1 / (1 - before.p));
+  parallel_for(size.rows, std::max<int64_t>(1, 4096 / (d + 1)), [=](int64_t from, int64_t to) {
+    MaskReader kept(before.mask);
     for (int64_t row = from; row < to; ++row) {
-      const T *xr = x + row * d, *dyr = dy + row * d;
+      const T *sr = s + row * d, *dyr = dy + row * d;
       A dot = 0;
-      for (int64_t i = 0; i < d; ++i) dot += A(dyr[i]) * A(w[i]) * A(xr[i]);
+      for (int64_t i = 0; i < d; ++i) dot += A(dyr[i]) * A(w[i]) * A(sr[i]);
       const A rr = r[row], shrink = rr * rr * dot / A(d);
-      for (int64_t i = 0; i < d; ++i) dx[row * d + i] = T(rr * (A(dyr[i]) * A(w[i]) - A(xr[i]) * shrink));
+      for (int64_t i = 0; i < d; ++i) {
+        A g = rr * (A(dyr[i]) * A(w[i]) - A(sr[i]) * shrink);
+        if (dsum) g += A(dsum[row * d + i]);
+        if (dresidual) dresidual[row * d + i] = T(g);
+        if (dx && before.p > 0) g = kept(row * d + i) ? g * keep_scale : A(0);
+        for (int64_t k = 0; dx && k < before.chosen; ++k) dx[before.row_of(row, k) * d + i] = T(g);
+      }
     }
-  });
-}
-template <class T, class W, class A = acc_t<T>>
-void backward_w(Cpu, const T* x, const A* r, const T* dy, W* dw, int64_t rows, int64_t d) {
-  parallel_for(d, 64, [=](int64_t from, int64_t to) {
-    std::vector<A> sums(static_cast<size_t>(to - from));
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t i = from; i < to; ++i)
-        sums[static_cast<size_t>(i - from)] += A(dy[row * d + i]) * A(x[row * d + i]) * r[row];
-    for (int64_t i = from; i < to; ++i) dw[i] = W(sums[static_cast<size_t>(i - from)]);
   });
 }
 
 #if WEFT_CUDA
-constexpr int kWarps = 8;  // rows of a block: one warp each
+// A row is held in registers by a team of kWarps warps, kPacks packs of kN neighbours a thread: read once, written once.
+constexpr int kN = 8;
 
-template <class T, class W>
-__global__ void rms_norm_forward(const T* x, const W* w, T* y, float* r, int64_t rows, int64_t d, float eps) {
-  constexpr int kN = kPack<T>;
-  const int64_t row = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32;
-  if (row >= rows) return;
-  const int64_t first = threadIdx.x % 32 * kN;
-  x += row * d;
-  y += row * d;
-  float squares = 0;
-#pragma unroll 4
-  for (int64_t i = first; i < d; i += 32 * kN) {
-    const auto xs = load_pack<kN>(x + i, d - i);
-#pragma unroll
-    for (int j = 0; j < kN; ++j) squares += float(xs.v[j]) * float(xs.v[j]);
-  }
-  const float rr = rsqrtf(warp_sum(squares) / d + eps);
-  if (threadIdx.x % 32 == 0) r[row] = rr;
-#pragma unroll 4
-  for (int64_t i = first; i < d; i += 32 * kN) {
-    auto xs = load_pack<kN>(x + i, d - i);
-    const auto ws = load_pack<kN>(w + i, d - i);
-#pragma unroll
-    for (int j = 0; j < kN; ++j) xs.v[j] = T(float(xs.v[j]) * rr * float(ws.v[j]));
-    store_pack(y + i, xs, d - i);
-  }
-}
-template <class T, class W>
-__global__ void rms_norm_backward_x(const T* x, const W* w, const float* r, const T* dy, T* dx, int64_t rows,
-                                    int64_t d) {
-  constexpr int kN = kPack<T>;
-  const int64_t row = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32;
-  if (row >= rows) return;
-  const int64_t first = threadIdx.x % 32 * kN;
-  x += row * d;
-  dy += row * d;
-  dx += row * d;
-  float dot = 0;
-#pragma unroll 4
-  for (int64_t i = first; i < d; i += 32 * kN) {
-    const auto xs = load_pack<kN>(x + i, d - i);
-    const auto dys = load_pack<kN>(dy + i, d - i);
-    const auto ws = load_pack<kN>(w + i, d - i);
-#pragma unroll
-    for (int j = 0; j < kN; ++j) dot += float(dys.v[j]) * float(ws.v[j]) * float(xs.v[j]);
-  }
-  const float rr = r[row], shrink = rr * rr * warp_sum(dot) / d;
-#pragma unroll 4
-  for (int64_t i = first; i < d; i += 32 * kN) {
-    auto xs = load_pack<kN>(x + i, d - i);
-    const auto dys = load_pack<kN>(dy + i, d - i);
-    const auto ws = load_pack<kN>(w + i, d - i);
-#pragma unroll
-    for (int j = 0; j < kN; ++j)
-      xs.v[j] = T(rr * (float(dys.v[j]) * float(ws.v[j]) - float(xs.v[j]) * shrink));
-    store_pack(dx + i, xs, d - i);
-  }
+template <int kWarps>
+constexpr int kForwardThreads = kWarps == 1 ? 256 : kWarps * 32;
+template <int kWarps>
+constexpr int kBackwardThreads = kWarps == 1 ? 512 : kWarps * 32;
+
+template <int kWarps>
+__device__ float team_sum(float v) {
+  return kWarps == 1 ? warp_sum(v) : block_sum(v);
 }
 
-// Block (c, s): the sums over strip s of rows of the columns of 32 packs; partial [strips, d].
-template <class T>
-__global__ void rms_norm_partial_w(const T* x, const float* r, const T* dy, float* partial, int64_t rows, int64_t d,
-                                   int64_t strip) {
-  constexpr int kN = kPack<T>;
-  __shared__ float sums[kWarps][32][kN + 1];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t column = (blockIdx.x * int64_t{32} + lane) * kN;
-  const int64_t end = min(rows, (blockIdx.y + 1) * strip);
-  float sum[kN] = {};
-  if (column < d) {
-#pragma unroll 4
-    for (int64_t row = blockIdx.y * strip + warp; row < end; row += kWarps) {
-      const auto xs = load_pack<kN>(x + row * d + column, d - column);
-      const auto dys = load_pack<kN>(dy + row * d + column, d - column);
-      const float rr = r[row];
+// A thread's pack of a row, of which `left` elements exist. kWhole: rows are whole packs at addresses for 16 bytes.
+template <bool kWhole, class T>
+__device__ Pack<T, kN> load_part(const T* from, int64_t left) {
+  if constexpr (!kWhole) return load_pack<kN>(from, left);
+  Pack<T, kN> pack = {};
+  if (left > 0) {
+    uint4 raw[sizeof pack / 16];
 #pragma unroll
-      for (int j = 0; j < kN; ++j) sum[j] += float(dys.v[j]) * float(xs.v[j]) * rr;
+    for (size_t i = 0; i < sizeof pack / 16; ++i) raw[i] = reinterpret_cast<const uint4*>(from)[i];
+    memcpy(&pack, raw, sizeof pack);
+  }
+  return pack;
+}
+template <bool kWhole, class T>
+__device__ void store_part(T* to, const Pack<T, kN>& pack, int64_t left) {
+  if constexpr (!kWhole) return store_pack(to, pack, left);
+  if (left <= 0) return;
+  uint4 raw[sizeof pack / 16];
+  memcpy(raw, &pack, sizeof pack);
+#pragma unroll
+  for (size_t i = 0; i < sizeof pack / 16; ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
+}
+
+template <class T, class W, int kPacks, int kWarps, bool kWhole>
+__global__ void __launch_bounds__(kForwardThreads<kWarps>)
+    norm_forward(Before before, float keep_scale, const T* __restrict__ residual, const T* __restrict__ x,
+                 const W* __restrict__ w, T* __restrict__ sum, T* __restrict__ y, float* r, Size size, float eps) {
+  constexpr int kLanes = kWarps * 32, kStep = kLanes * kN;  // from a thread's pack to its next
+  const int64_t row = blockIdx.x * int64_t{kForwardThreads<kWarps> / kLanes} + threadIdx.x / kLanes;
+  if (row >= size.rows) return;
+  const int lane = threadIdx.x % kLanes, column = lane * kN;
+  const int64_t at = row * size.d + column, left = size.d - column;
+  Pack<T, kN> s[kPacks];
+  if (!before.slots) {
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) s[p] = load_part<kWhole>(x + at + p * kStep, left - p * kStep);
+  }
+  if (sum) {
+    Pack<T, kN> old[kPacks] = {};
+    if (residual) {
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) old[p] = load_part<kWhole>(residual + at + p * kStep, left - p * kStep);
+    }
+    // Drawn while the loads are under way.
+    uint32_t kept[kPacks] = {};
+    if (before.p > 0) {
+      const RngKey key = before.mask.key.at_step();
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) kept[p] = kept_bits<kN, kWhole>(key, before.mask.threshold, at + p * kStep);
+    }
+    float v[kPacks][kN] = {};
+    for (int64_t k = 0; k < before.chosen; ++k) {
+      if (before.slots) {
+        const T* from = x + before.row_of(row, k) * size.d + column;
+#pragma unroll
+        for (int p = 0; p < kPacks; ++p) s[p] = load_part<kWhole>(from + p * kStep, left - p * kStep);
+      }
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p)
+#pragma unroll
+        for (int j = 0; j < kN; ++j) v[p][j] += float(s[p].v[j]);
+    }
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        const float x_part = before.p == 0 ? v[p][j] : kept[p] >> j & 1 ? v[p][j] * keep_scale : 0.0f;
+        s[p].v[j] = T(float(old[p].v[j]) + x_part);
+      }
+      store_part<kWhole>(sum + at + p * kStep, s[p], left - p * kStep);
     }
   }
+  float squares = 0;
 #pragma unroll
-  for (int j = 0; j < kN; ++j) sums[warp][lane][j] = sum[j];
-  __syncthreads();
-  for (int i = threadIdx.x; i < 32 * kN; i += kWarps * 32) {
-    const int64_t c = blockIdx.x * int64_t{32} * kN + i;
-    float total = 0;
-    for (int k = 0; k < kWarps; ++k) total += sums[k][i / kN][i % kN];
-    if (c < d) partial[blockIdx.y * d + c] = total;
+  for (int p = 0; p < kPacks; ++p)
+#pragma unroll
+    for (int j = 0; j < kN; ++j) squares += float(s[p].v[j]) * float(s[p].v[j]);
+  const float rr = rsqrtf(team_sum<kWarps>(squares) / size.d + eps);
+  if (lane == 0) r[row] = rr;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const auto ws = load_part<kWhole>(w + column + p * kStep, left - p * kStep);
+#pragma unroll
+    for (int j = 0; j < kN; ++j) s[p].v[j] = T(float(s[p].v[j]) * rr * float(ws.v[j]));
+    store_part<kWhole>(y + at + p * kStep, s[p], left - p * kStep);
+  }
+}
+
+// Each team takes every so-manieth row and keeps its columns' sums of dw; partial [blocks, d] gets a block's.
+template <class T, class W, int kPacks, int kWarps, bool kWhole>
+__global__ void __launch_bounds__(kBackwardThreads<kWarps>)
+    norm_backward(Before before, float keep_scale, const T* __restrict__ s, const W* __restrict__ w,
+                  const float* __restrict__ r, const T* dsum, const T* __restrict__ dy, T* dresidual,
+                  T* __restrict__ dx, float* __restrict__ partial, Size size) {
+  constexpr int kLanes = kWarps * 32, kStep = kLanes * kN, kTeams = kBackwardThreads<kWarps> / kLanes;
+  const int lane = threadIdx.x % kLanes, column = lane * kN;
+  const int64_t left = size.d - column;
+  const RngKey key = before.mask.key.at_step();
+  const bool drops = dx && before.p > 0;
+  float dw[kPacks][kN] = {};
+  for (int64_t row = blockIdx.x * int64_t{kTeams} + threadIdx.x / kLanes; row < size.rows;
+       row += int64_t{gridDim.x} * kTeams) {
+    const int64_t at = row * size.d + column;
+    Pack<T, kN> ss[kPacks], dys[kPacks], out[kPacks] = {};
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      ss[p] = load_part<kWhole>(s + at + p * kStep, left - p * kStep);
+      dys[p] = load_part<kWhole>(dy + at + p * kStep, left - p * kStep);
+    }
+    if (dsum) {
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) out[p] = load_part<kWhole>(dsum + at + p * kStep, left - p * kStep);
+    }
+    const float rr = r[row];
+    uint32_t kept[kPacks] = {};
+    if (drops) {
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) kept[p] = kept_bits<kN, kWhole>(key, before.mask.threshold, at + p * kStep);
+    }
+    float dot = 0;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const auto ws = load_part<kWhole>(w + column + p * kStep, left - p * kStep);
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        const float product = float(dys[p].v[j]) * float(ss[p].v[j]);
+        dot += product * float(ws.v[j]);
+        dw[p][j] += product * rr;
+      }
+    }
+    const float shrink = rr * rr * team_sum<kWarps>(dot) / size.d;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const auto ws = load_part<kWhole>(w + column + p * kStep, left - p * kStep);
+      Pack<T, kN> dropped;
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        const float g = float(out[p].v[j]) +
+                        rr * (float(dys[p].v[j]) * float(ws.v[j]) - float(ss[p].v[j]) * shrink);
+        out[p].v[j] = T(g);
+        dropped.v[j] = T(!drops ? g : kept[p] >> j & 1 ? g * keep_scale : 0.0f);
+      }
+      if (dresidual) store_part<kWhole>(dresidual + at + p * kStep, out[p], left - p * kStep);
+      for (int64_t k = 0; dx && k < before.chosen; ++k)
+        store_part<kWhole>(dx + before.row_of(row, k) * size.d + column + p * kStep, dropped, left - p * kStep);
+    }
+  }
+  if (!partial) return;
+  __shared__ float sums[kTeams == 1 ? 1 : kTeams][kN][32];
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    if constexpr (kTeams == 1) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j)
+        if (p * kStep + j < left) partial[blockIdx.x * size.d + column + p * kStep + j] = dw[p][j];
+    } else {
+      __syncthreads();
+#pragma unroll
+      for (int j = 0; j < kN; ++j) sums[threadIdx.x / 32][j][lane] = dw[p][j];
+      __syncthreads();
+      const int i = threadIdx.x / kN, j = threadIdx.x % kN, c = p * kStep + threadIdx.x;
+      if (threadIdx.x < 32 * kN && c < size.d) {
+        float total = 0;
+#pragma unroll
+        for (int team = 0; team < kTeams; ++team) total += sums[team][j][i];
+        partial[blockIdx.x * size.d + c] = total;
+      }
+    }
   }
 }
 // One block sums 32 columns of the partial sums.
+constexpr int kTotalWarps = 32;
 template <class W>
-__global__ void rms_norm_total_w(const float* partial, W* dw, int64_t strips, int64_t d) {
-  __shared__ float sums[kWarps][32];
+__global__ void __launch_bounds__(kTotalWarps * 32) norm_total_w(const float* partial, W* dw, int64_t strips, int64_t d) {
+  __shared__ float sums[kTotalWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t column = blockIdx.x * int64_t{32} + lane;
   float sum = 0;
   if (column < d) {
-#pragma unroll 4
-    for (int64_t s = warp; s < strips; s += kWarps) sum += partial[s * d + column];
+#pragma unroll 8
+    for (int64_t s = warp; s < strips; s += kTotalWarps) sum += partial[s * d + column];
   }
   sums[warp][lane] = sum;
   __syncthreads();
   if (warp == 0 && column < d) {
     float total = 0;
-    for (int k = 0; k < kWarps; ++k) total += sums[k][lane];
+    for (int k = 0; k < kTotalWarps; ++k) total += sums[k][lane];
     dw[column] = W(total);
   }
 }
 
-unsigned row_blocks(int64_t rows) { return static_cast<unsigned>((rows + kWarps - 1) / kWarps); }
+// Calls f.template operator()<kPacks, kWarps, kWhole>() with the smallest team that holds a row.
+template <class F>
+void dispatch_width(int64_t d, const std::vector<const void*>& pointers, F&& f) {
+  constexpr int64_t kMost = 32 * 32 * 4 * kN;
+  check(d <= kMost, "on a GPU rms_norm takes rows of at most {}, found {}", kMost, d);
+  const bool whole = d % kN == 0 && std::all_of(pointers.begin(), pointers.end(), [](const void* p) {
+                       return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+                     });
+  if (!whole && d <= 32 * 4 * kN) f.template operator()<4, 1, false>();
+  else if (!whole) f.template operator()<4, 32, false>();
+  else if (d <= 32 * kN) f.template operator()<1, 1, true>();
+  else if (d <= 32 * 3 * kN) f.template operator()<3, 1, true>();
+  else if (d <= 32 * 4 * kN) f.template operator()<4, 1, true>();
+  else f.template operator()<4, 32, true>();
+}
 
 template <class T, class W>
-void forward(Cuda, const T* x, const W* w, T* y, float* r, int64_t rows, int64_t d, double eps) {
-  launch_blocks(rms_norm_forward<T, W>, row_blocks(rows), kWarps * 32, 0, x, w, y, r, rows, d, static_cast<float>(eps));
+void forward(Cuda, const Before& before, const T* residual, const T* x, const W* w, T* sum, T* y, float* r, Size size,
+             double eps) {
+  dispatch_width(size.d, {residual, x, w, sum, y}, [&]<int kPacks, int kWarps, bool kWhole>() {
+    constexpr int kThreads = kForwardThreads<kWarps>, kTeams = kThreads / 32 / kWarps;
+    launch_blocks(norm_forward<T, W, kPacks, kWarps, kWhole>, static_cast<unsigned>((size.rows + kTeams - 1) / kTeams), kThreads,
+                  0, before, static_cast<float>(1 / (1 - before.p)), residual, x, w, sum, y, r, size,
+                  static_cast<float>(eps));
+  });
 }
 template <class T, class W>
-void backward_x(Cuda, const T* x, const W* w, const float* r, const T* dy, T* dx, int64_t rows, int64_t d) {
-  launch_blocks(rms_norm_backward_x<T, W>, row_blocks(rows), kWarps * 32, 0, x, w, r, dy, dx, rows, d);
-}
-template <class T, class W>
-void backward_w(Cuda, const T* x, const float* r, const T* dy, W* dw, int64_t rows, int64_t d) {
-  const int64_t columns = (d + 32 * kPack<T> - 1) / (32 * kPack<T>);
-  const int64_t wanted = std::clamp<int64_t>(4 * multiprocessors() / std::max<int64_t>(1, columns), 1, 65535);
-  const int64_t strip = std::max<int64_t>(kWarps, (rows + wanted - 1) / wanted);
-  const int64_t strips = (rows + strip - 1) / strip;
+void backward(Cuda, const Before& before, const T* s, const W* w, const float* r, const T* dsum, const T* dy,
+              T* dresidual, T* dx, W* dw, Size size) {
   const MemoryScope scope(Category::workspace);
-  const Tensor partial = Tensor::empty({strips, d}, DType::f32, Device::cuda);
-  launch_blocks(rms_norm_partial_w<T>, dim3(static_cast<unsigned>(columns), static_cast<unsigned>(strips)),
-                kWarps * 32, 0, x, r, dy, partial.data<float>(), rows, d, strip);
-  launch_blocks(rms_norm_total_w<W>, static_cast<unsigned>((d + 31) / 32), kWarps * 32, 0, partial.data<float>(), dw,
-                strips, d);
+  dispatch_width(size.d, {s, w, dsum, dy, dresidual, dx}, [&]<int kPacks, int kWarps, bool kWhole>() {
+    constexpr int kThreads = kBackwardThreads<kWarps>, kTeams = kThreads / 32 / kWarps;
+    const int64_t blocks = std::min<int64_t>((size.rows + kTeams - 1) / kTeams, multiprocessors());
+    Tensor partial;
+    if (dw) partial = Tensor::empty({blocks, size.d}, DType::f32, Device::cuda);
+    launch_blocks(norm_backward<T, W, kPacks, kWarps, kWhole>, static_cast<unsigned>(blocks), kThreads, 0, before,
+                  static_cast<float>(1 / (1 - before.p)), s, w, r, dsum, dy, dresidual, dx, partial.data<float>(), size);
+    if (dw)
+      launch_blocks(norm_total_w<W>, static_cast<unsigned>((size.d + 31) / 32), kTotalWarps * 32, 0,
+                    static_cast<const float*>(partial.data<float>()), dw, blocks, size.d);
+  });
 }
 #endif
 
@@ -198,38 +343,102 @@ void dispatch_both(auto device, const Tensor& x, const Tensor& weight, F&& f) {
   });
 }
 
+void check_weight(const char* op, const Tensor& x, const Tensor& weight) {
+  check(x.rank() >= 1 && weight.shape() == Shape{x.size(-1)}, "{} of {} needs a weight of its last axis, found {}", op,
+        x.shape().str(), weight.shape().str());
+  check(weight.device() == x.device() && (weight.dtype() == x.dtype() || weight.dtype() == DType::f32),
+        "{} of {} on {} needs a weight of f32 or that dtype there, found {} on {}", op, name_of(x.dtype()),
+        name_of(x.device()), name_of(weight.dtype()), name_of(weight.device()));
+}
+
+// What both ops keep for the gradient.
+struct Saved {
+  Before before;
+  Tensor slots;  // holds what before.slots points to
+  Tensor s, w, r;
+  Size size;
+
+  // Of x as `x_shape`, of the residual, and of the weight; each only where it is wanted.
+  struct Wanted {
+    bool residual, x, w;
+  };
+  // {dresidual, dx, dw}. Where nothing is dropped or summed the first serves as the second too.
+  Gradients gradients(Tensor dsum, const Tensor& dy, const Shape& x_shape, Wanted wanted) const {
+    const bool apart = before.p > 0 || before.slots;
+    Tensor dresidual, dx, dw;
+    if (wanted.residual || (wanted.x && !apart))
+      dresidual = dsum && dsum.sole_owner() ? dsum : Tensor::like(s);
+    if (wanted.x && apart) dx = Tensor::like(s, x_shape);
+    if (wanted.w) dw = Tensor::like(w);
+    on_device(s.device(), [&](auto device) {
+      dispatch_both(device, s, w, [&]<class T, class W>() {
+        backward(device, before, s.data<T>(), w.data<W>(), r.data<acc_t<T>>(), dsum.data<T>(), dy.data<T>(),
+                 dresidual.data<T>(), dx.data<T>(), dw.data<W>(), size);
+      });
+    });
+    if (wanted.x && !apart) dx = dresidual.view(x_shape);
+    return {wanted.residual ? dresidual : Tensor{}, dx, dw};
+  }
+};
+
+NormedSum add_rms_norm(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps, double p, RngKey key,
+                       const Tensor& slots, const Shape& shape) {
+  check_weight("add_rms_norm", x, weight);
+  check(p >= 0 && p < 1, "add_rms_norm's dropout must be in [0, 1), found {}", p);
+  check(!residual || (residual.shape() == shape && residual.dtype() == x.dtype() && residual.device() == x.device()),
+        "add_rms_norm of {} {} needs a residual like it, found {} {}", name_of(x.dtype()), shape.str(),
+        name_of(residual.dtype()), residual.shape().str());
+  Saved saved{{Mask(key, p), p, slots.data<int32_t>(), slots ? slots.size(1) : 1}, slots, Tensor::like(x, shape),
+              weight.detached(), {}, {shape.rows(), shape[-1]}};
+  saved.r = Tensor::empty({saved.size.rows}, x.dtype() == DType::f64 ? DType::f64 : DType::f32, x.device());
+  Tensor y = Tensor::like(saved.s);
+  on_device(x.device(), [&](auto device) {
+    dispatch_both(device, x, weight, [&]<class T, class W>() {
+      forward(device, saved.before, residual.data<T>(), x.data<T>(), weight.data<W>(), saved.s.data<T>(), y.data<T>(),
+              saved.r.data<acc_t<T>>(), saved.size, eps);
+    });
+  });
+  const Saved::Wanted wanted{residual.needs_grad(), x.needs_grad(), weight.needs_grad()};
+  const std::vector<Tensor> ys = record_joint(
+      "add_rms_norm", {saved.s, y}, {residual, x, weight},
+      [saved, wanted, x_shape = x.shape()](std::vector<Tensor> dys) -> Gradients {
+        if (!dys[1]) dys[1] = Tensor::zeros(saved.s.shape(), saved.s.dtype(), saved.s.device());
+        return saved.gradients(std::move(dys[0]), dys[1], x_shape, wanted);
+      });
+  return {ys[0], ys[1]};
+}
+
 }  // namespace
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  check(x.rank() >= 1 && weight.shape() == Shape{x.size(-1)},
-        "rms_norm of {} needs a weight of its last axis, found {}", x.shape().str(), weight.shape().str());
-  check(weight.device() == x.device() && (weight.dtype() == x.dtype() || weight.dtype() == DType::f32),
-        "rms_norm of {} on {} needs a weight of f32 or that dtype there, found {} on {}", name_of(x.dtype()),
-        name_of(x.device()), name_of(weight.dtype()), name_of(weight.device()));
-  const int64_t d = x.size(-1), rows = x.shape().rows();
+  check_weight("rms_norm", x, weight);
+  Saved saved{{Mask({}, 0), 0}, {}, x.detached(), weight.detached(), {}, {x.shape().rows(), x.size(-1)}};
+  saved.r = Tensor::empty({saved.size.rows}, x.dtype() == DType::f64 ? DType::f64 : DType::f32, x.device());
   Tensor y = Tensor::like(x);
-  Tensor r = Tensor::empty({rows}, x.dtype() == DType::f64 ? DType::f64 : DType::f32, x.device());
   on_device(x.device(), [&](auto device) {
     dispatch_both(device, x, weight, [&]<class T, class W>() {
-      forward(device, x.data<T>(), weight.data<W>(), y.data<T>(), r.data<acc_t<T>>(), rows, d, eps);
+      forward(device, saved.before, static_cast<const T*>(nullptr), x.data<T>(), weight.data<W>(),
+              static_cast<T*>(nullptr), y.data<T>(), saved.r.data<acc_t<T>>(), saved.size, eps);
     });
   });
-  return record("rms_norm", y, {x, weight},
-                [x = x.detached(), w = weight.detached(), r, rows, d, need_x = x.needs_grad(),
-                 need_w = weight.needs_grad()](const Tensor& dy) -> Gradients {
-                  Tensor dx, dw;
-                  if (need_x) dx = Tensor::like(x);
-                  if (need_w) dw = Tensor::like(w);
-                  on_device(x.device(), [&](auto device) {
-                    dispatch_both(device, x, w, [&]<class T, class W>() {
-                      using A = acc_t<T>;
-                      if (need_x)
-                        backward_x(device, x.data<T>(), w.data<W>(), r.data<A>(), dy.data<T>(), dx.data<T>(), rows, d);
-                      if (need_w) backward_w(device, x.data<T>(), r.data<A>(), dy.data<T>(), dw.data<W>(), rows, d);
-                    });
-                  });
-                  return {dx, dw};
-                });
+  const Saved::Wanted wanted{false, x.needs_grad(), weight.needs_grad()};
+  return record("rms_norm", y, {x, weight}, [saved, wanted](const Tensor& dy) -> Gradients {
+    Gradients g = saved.gradients({}, dy, saved.s.shape(), wanted);
+    return {g[1], g[2]};
+  });
+}
+
+NormedSum add_rms_norm(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps, double p, RngKey key) {
+  return add_rms_norm(residual, x, weight, eps, p, key, {}, x.shape());
+}
+
+NormedSum add_rms_norm(const Tensor& residual, const Tensor& rows, const Routing& r, const Tensor& weight, double eps,
+                       double p, RngKey key) {
+  const RoutingSize s = size_of_routing("add_rms_norm", rows, r);
+  check(rows.rank() == 2 && rows.size(0) == s.tokens * s.chosen && residual && residual.shape().rows() == s.tokens,
+        "add_rms_norm needs {} rows and a residual of {} tokens, found {} and {}", s.tokens * s.chosen, s.tokens,
+        rows.shape().str(), residual.shape().str());
+  return add_rms_norm(residual, rows, weight, eps, p, key, r.slots, residual.shape());
 }
 
 }  // namespace weft

@@ -151,6 +151,23 @@ void add_expert_cases(std::vector<OpCase>& cases) {
                    .reference = [](auto& x) { return reference_combine(x[0], x[1], x[2]); },
                    .reduction = 264,
                    .large = {logits(8192, 8), {{16384, 768}}, wide({8192, 2})}});
+  cases.push_back({.name = "add_rms_norm_of_rows",
+                   .sizes = {{logits(1, 2), {{1, 8}}, {{2, 8}}, wide({8})},
+                             {logits(37, 3), {{37, 13}}, {{74, 13}}, wide({13})},
+                             {logits(100, 8), {{100, 264}}, {{200, 264}}, wide({264})}},
+                   .run = [](auto& x) {
+                     const NormedSum n = add_rms_norm(x[1], x[2], route(x[0]), x[3], 1e-6, 0.3, {7, 11});
+                     return concat_last(n.sum, n.normed);
+                   },
+                   .reference = [](auto& x) {
+                     const Tensor weights = Tensor::empty({x[0].size(0), kChosen}, DType::f32, Device::cpu);
+                     fill(weights, 1);
+                     const Tensor y = dropout(combine_rows(x[2], weights, route(x[0])), 0.3, {7, 11});
+                     const Tensor sum = add(x[1], y);
+                     return concat_last(sum, rms_norm(sum, x[3], 1e-6));
+                   },
+                   .reduction = 264,
+                   .large = {logits(8192, 8), {{8192, 768}}, {{16384, 768}}, wide({768})}});
   cases.push_back({.name = "grouped_matmul",
                    .sizes = {{logits(1, 6), {{2, 8}}, {{6, 16, 8}}},
                              {logits(5, 3), {{10, 7}}, {{3, 9, 7}}},

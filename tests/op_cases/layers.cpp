@@ -104,11 +104,6 @@ void add_layer_cases(std::vector<OpCase>& cases) {
   cases.push_back({.name = "silu_dropout", .sizes = {{{{3, 37}}}, {{{8, 4}}}, {{{1}}}, {{{5, 129, 3}}}},
                    .run = [](auto& x) { return silu_dropout(x[0], 0.3, kKey); },
                    .reference = [](auto& x) { return dropout(silu(x[0]), 0.3, kKey); }, .large = {{{16384, 3072}}}});
-  cases.push_back({.name = "add_dropout",
-                   .sizes = {{{{3, 37}}, {{3, 37}}}, {{{8, 4}}, {{8, 4}}}, {{{5, 129, 3}}, {{5, 129, 3}}}},
-                   .run = [](auto& x) { return add_dropout(x[0], x[1], 0.3, kKey); },
-                   .reference = [](auto& x) { return add(x[0], dropout(x[1], 0.3, kKey)); },
-                   .large = {{tokens}, {tokens}}});
   cases.push_back({.name = "add_normal", .sizes = {{{{3, 37}}}, {{{40, 8}}}},
                    .run = [](auto& x) { return add_normal(x[0], 0.1, kKey); },
                    .reference = [](auto& x) { return add_normal_loops(x[0], 0.1); }, .large = {{{8192, 8}}}});
@@ -125,6 +120,36 @@ void add_layer_cases(std::vector<OpCase>& cases) {
                    .reference = [](auto& x) { return rms_norm_loops(x[0], x[1], 0.5); }});
   cases.push_back({.name = "rms_norm_narrow_weight", .sizes = {{{{3, 37}}, {{37}}}, {{{2, 9, 768}}, {{768}}}},
                    .run = norm, .reference = norm_loops, .reduction = 768});
+
+  // Both outputs side by side, then each alone.
+  const auto add_norm = [](auto& x, double p) { return add_rms_norm(x[0], x[1], x[2], 1e-6, p, kKey); };
+  const auto composed = [](auto& x, double p) {
+    const Tensor sum = add(x[0], dropout(x[1], p, kKey));
+    return NormedSum{sum, rms_norm(sum, x[2], 1e-6)};
+  };
+  const std::vector<Inputs> streams = {{{{3, 37}}, {{3, 37}}, wide({37})}, {{{2, 9, 768}}, {{2, 9, 768}}, wide({768})},
+                                       {{{300, 8}}, {{300, 8}}, wide({8})}, {{{5, 1000}}, {{5, 1000}}, wide({1000})},
+                                       {{{2, 4104}}, {{2, 4104}}, wide({4104})}};
+  const auto joined = [](const NormedSum& n) { return concat_last(n.sum, n.normed); };
+  cases.push_back({.name = "add_rms_norm", .sizes = streams,
+                   .run = [=](auto& x) { return joined(add_norm(x, 0.3)); },
+                   .reference = [=](auto& x) { return joined(composed(x, 0.3)); }, .reduction = 4104});
+  cases.push_back({.name = "add_rms_norm_whole", .sizes = streams,
+                   .run = [=](auto& x) { return joined(add_norm(x, 0)); },
+                   .reference = [=](auto& x) { return joined(composed(x, 0)); }, .reduction = 4104});
+  cases.push_back({.name = "add_rms_norm_sum", .sizes = streams, .run = [=](auto& x) { return add_norm(x, 0.3).sum; },
+                   .reference = [=](auto& x) { return add(composed(x, 0.3).sum, scale(composed(x, 0.3).normed, 0)); }});
+  cases.push_back({.name = "add_rms_norm_normed", .sizes = streams,
+                   .run = [=](auto& x) { return add_norm(x, 0.3).normed; },
+                   .reference = [=](auto& x) { return composed(x, 0.3).normed; }, .reduction = 4104,
+                   .large = {{tokens}, {tokens}, wide({768})}});
+  cases.push_back({.name = "add_rms_norm_no_residual", .sizes = {{{{3, 37}}, wide({37})}, {{{2, 9, 768}}, wide({768})}},
+                   .run = [=](auto& x) { return joined(add_rms_norm({}, x[0], x[1], 1e-6, 0.3, kKey)); },
+                   .reference = [=](auto& x) {
+                     const Tensor sum = dropout(x[0], 0.3, kKey);
+                     return joined({sum, rms_norm(sum, x[1], 1e-6)});
+                   },
+                   .reduction = 768});
 
   cases.push_back({.name = "embedding",
                    .sizes = {{ids({2, 5}, 7), wide({7, 37})}, {ids({300}, 3), wide({3, 16})},
