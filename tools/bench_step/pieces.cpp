@@ -1,0 +1,180 @@
+#include "tools/bench_step/pieces.h"
+
+#include <algorithm>
+
+#include "model/attention.h"
+#include "model/transformer.h"
+
+namespace weft {
+namespace {
+
+// The first row that fits an item is its own. An empty kernel fits all; otherwise the kernel's name must contain it.
+struct Row {
+  const char* op;
+  enum class Of : uint8_t { both, forward, gradient } work;
+  const char* kernel;
+  const char* piece;
+};
+using Of = Row::Of;
+
+constexpr Row kRows[] = {
+    {"embedding", Of::both, "", "embedding"},
+    {"rms_norm", Of::both, "", "norms, residual"},
+    {"add_dropout", Of::both, "", "norms, residual"},
+    {"dropout", Of::both, "", "norms, residual"},
+    {"matmul", Of::forward, "", "projections, forward"},
+    {"matmul", Of::gradient, "", "projections, backward"},
+    {"split_last", Of::both, "", "rotary, splits"},
+    {"split_last part", Of::both, "", "rotary, splits"},
+    {"slice_last", Of::both, "", "rotary, splits"},
+    {"concat_last", Of::both, "", "rotary, splits"},
+    {"rope", Of::both, "", "rotary, splits"},
+    {"reshape", Of::both, "", "rotary, splits"},
+    {"attention", Of::forward, "", "attention, forward"},
+    {"attention", Of::gradient, "", "attention, backward"},
+    {"router_logits", Of::both, "", "routing"},
+    {"add_normal", Of::both, "", "routing"},
+    {"routing_weights", Of::both, "", "routing"},
+    {"balance_loss", Of::both, "", "routing"},
+    {"gather_rows", Of::forward, "route_", "routing"},  // route_top_k has no gradient, so it is no op of autograd's
+    {"gather_rows", Of::both, "", "expert rows"},
+    {"combine_rows", Of::both, "", "expert rows"},
+    {"grouped_matmul", Of::forward, "", "experts, forward"},
+    {"grouped_matmul", Of::gradient, kOnCpu, "experts, backward"},
+    {"grouped_matmul", Of::gradient, "Product)2", "experts, weight gradient"},
+    {"grouped_matmul", Of::gradient, "", "experts, input gradient"},
+    {"silu", Of::both, "", "expert activation"},
+    {"silu_dropout", Of::both, "", "expert activation"},
+    {"head", Of::forward, "", "head, forward"},
+    {"head", Of::gradient, "", "head, backward"},
+    {"cross_entropy", Of::both, "", "cross-entropy"},
+    {"cast", Of::both, "", "weight casts"},
+    {"gradient_norm", Of::both, "", "gradient norm"},
+    {"optimizer", Of::both, "", "optimizer"},
+};
+constexpr const char* kSums = "gradient sums";
+constexpr const char* kOther = "other";
+
+class Works {
+ public:
+  Works(const StepSize& size, const Capability& device) : value_(static_cast<double>(size.value_bytes)), device_(device) {}
+
+  // `count` products [m, k] x [k, n]; `weights` matrices [k, n] are read or, in f32, written.
+  enum class Gives : uint8_t { activations, weights };
+  void products(const std::string& piece, Gives gives, double m, double k, double n, double weights, double count) {
+    const double flops = 2 * m * k * n;
+    const double bytes = value_ * m * (k + n) + (gives == Gives::weights ? kGradientBytes : value_) * weights * k * n;
+    add(piece, count * flops, count * bytes, count * std::max(flops / device_.flops, bytes / device_.bytes));
+  }
+  void pass(const std::string& piece, double bytes) { add(piece, 0, bytes, bytes / device_.bytes); }
+  void avoidable_pass(const std::string& piece, double bytes) { add(piece, 0, bytes, 0); }
+
+  std::map<std::string, PieceWork> all;
+
+ private:
+  static constexpr double kGradientBytes = 4;
+
+  void add(const std::string& piece, double flops, double bytes, double seconds) {
+    PieceWork& w = all[piece];
+    w.flops += flops, w.bytes += bytes, w.floor_ms += 1e3 * seconds;
+  }
+
+  double value_;
+  Capability device_;
+};
+
+bool fits(const Row& row, const Item& item, const std::string& op) {
+  const bool work = row.work == Of::both || (row.work == Of::forward) == (item.owner.work == Work::forward);
+  return op == row.op && work && item.name.find(row.kernel) != std::string::npos;
+}
+
+}  // namespace
+
+std::string piece_of(const Item& item, const Config& config) {
+  if (item.owner.work == Work::sum) return kSums;
+  const Shape& y = item.owner.output;
+  const bool head = item.owner.op == "matmul" && y.rank() > 0 && y[-1] == config.vocab_size;
+  const std::string op = head ? "head" : item.owner.op;
+  for (const Row& row : kRows)
+    if (fits(row, item, op)) return row.piece;
+  return kOther;
+}
+
+const std::vector<std::string>& piece_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> found;
+    for (const Row& row : kRows)
+      if (std::find(found.begin(), found.end(), row.piece) == found.end()) found.push_back(row.piece);
+    found.push_back(kSums);
+    found.push_back(kOther);
+    return found;
+  }();
+  return names;
+}
+
+// N tokens, D width, L layers, E experts of which a token uses K, F their hidden width, V vocabulary, P parameters,
+// s bytes of an activation or of a weight as products read it; weights, their gradients and AdamW's state are f32.
+std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& size, const Capability& device) {
+  const auto number = [](int64_t x) { return static_cast<double>(x); };
+  const double n = number(size.batch * size.seq), d = number(c.hidden_size), layers = number(c.layers);
+  const double experts = number(c.experts), rows = n * number(c.top_k), f = number(c.ffn_size), v = number(c.vocab_size);
+  const double s = number(size.value_bytes), parameters = number(parameter_count(c));
+  const AttentionRow& row = attention_row(c.attention);
+  Works works(size, device);
+  using Gives = Works::Gives;
+
+  const Params params = counted_params(c);
+  double matrices = 0;  // elements that products read
+  for (const Parameter& p : params.list()) {
+    if (p.kind != Kind::vector) matrices += number(p.shape.numel());
+    if (p.kind == Kind::matrix && p.shape.rank() == 2 && p.name.find(".attention.") != std::string::npos) {
+      const double out = number(p.shape[0]), in = number(p.shape[1]);
+      works.products("projections, forward", Gives::activations, n, in, out, 1, 1);
+      works.products("projections, backward", Gives::activations, n, out, in, 1, 1);  // dx = dy w
+      works.products("projections, backward", Gives::weights, n, in, out, 1, 1);      // dw = dy^T x
+    }
+    // A latent's norm: x read, y written; x, dy read, dx written.
+    if (p.kind == Kind::vector && p.name.find(".attention.") != std::string::npos && p.name.ends_with(".weight"))
+      works.pass("norms, residual", 5 * s * n * number(p.shape.numel()));
+  }
+  works.pass("embedding", (4 + s) * n * d + (s + 8) * n * d);
+  // A branch and the residual before it read, the residual after it and its norm written; backward the gradients of the
+  // latter two and the residual read, those of the former two written.
+  works.pass("norms, residual", (2 * layers + 1) * 9 * s * n * d);
+
+  // Half of all pairs of positions: q k^T and p v; backward q k^T again, and dv, dp, dq, dk.
+  const double pairs = n * number(size.seq) / 2;
+  const double value_width = number(row.latent ? c.heads * c.v_head_dim : c.hidden_size);
+  const double key_width = number(row.score_width(c)) - value_width;
+  const double shared_keys = row.latent ? number(c.qk_nope_head_dim * c.heads + c.qk_rope_head_dim) : key_width;
+  const double key_bytes = s * n * (key_width + shared_keys), value_bytes = s * n * value_width;
+  const auto attention = [&](const std::string& piece, double flops, double bytes) {
+    PieceWork& w = works.all[piece];
+    w.flops = layers * flops, w.bytes = layers * bytes;
+    w.floor_ms = layers * 1e3 * std::max(flops / device.flops, bytes / device.bytes);
+  };
+  attention("attention, forward", 2 * pairs * (key_width + value_width), key_bytes + 2 * value_bytes);
+  attention("attention, backward", 2 * pairs * (3 * key_width + 2 * value_width), 2 * key_bytes + 4 * value_bytes);
+  works.avoidable_pass("rotary, splits", layers * 2 * (2 * key_bytes + value_bytes) * 2);
+
+  works.pass("routing", layers * 3 * s * n * d);  // x read; x read again and dx written
+  // Gather: x read, rows written; dy read, dx written. Combine: the other way round, and y again for the weights.
+  works.pass("expert rows", layers * s * d * (4 * n + 5 * rows));
+  for (const auto& [in, out] : {std::pair(d, f), std::pair(f, d)}) {
+    works.products("experts, forward", Gives::activations, rows, in, out, experts, layers);
+    const bool whole = size.device == Device::cpu;  // where only ops are timed
+    works.products(whole ? "experts, backward" : "experts, input gradient", Gives::activations, rows, out, in, experts, layers);
+    works.products(whole ? "experts, backward" : "experts, weight gradient", Gives::weights, rows, in, out, experts, layers);
+  }
+  works.avoidable_pass("expert activation", layers * 5 * s * rows * f);
+  works.products("head, forward", Gives::activations, n, d, v, 1, 1);
+  works.products("head, backward", Gives::activations, n, v, d, 1, 1);
+  works.products("head, backward", Gives::weights, n, d, v, 1, 1);
+  works.pass("cross-entropy", 2 * s * n * v);  // logits read, their gradient written over them
+  if (size.value_bytes != 4) works.avoidable_pass("weight casts", (4 + s) * matrices);
+  works.avoidable_pass("gradient norm", 4 * parameters);
+  works.pass("optimizer", 28 * parameters);  // w, g, m, v read; w, m, v written
+  return std::move(works.all);
+}
+
+}  // namespace weft
