@@ -13,11 +13,7 @@ namespace {
 
 thread_local bool recording = true;
 std::atomic<uint64_t> next_order{0};
-OpObserver op_observer;
-
-void observed(const char* op, const Shape& output, Work work) {
-  if (op_observer) op_observer(op, output, work);
-}
+WorkObserver work_observer;
 
 // Adds dy to the node's sum. A leaf's sum is its own memory; any other node first borrows dy, and adds in place only
 // while nothing else holds it: an op may hand one dy to several inputs.
@@ -44,7 +40,7 @@ NoGrad::~NoGrad() { recording = before_; }
 
 Tensor record(const char* op, Tensor y, const std::vector<Tensor>& inputs, GradientFn gradient) {
   y.set_node(nullptr);
-  if (recording) observed(op, y.shape(), Work::forward);
+  if (recording) queued(op, y.shape(), Work::forward);
   if (!recording || std::none_of(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.needs_grad(); })) return y;
   auto node = std::make_shared<Node>(op, next_order++, y.shape(), y.dtype());
   for (const Tensor& x : inputs) node->inputs.push_back(x.node());
@@ -78,7 +74,11 @@ Tensor leaf(const Tensor& x) {
   return t;
 }
 
-void observe_ops(OpObserver observer) { op_observer = std::move(observer); }
+void observe_work(WorkObserver observer) { work_observer = std::move(observer); }
+
+void queued(const char* name, const Shape& output, Work work) {
+  if (work_observer) work_observer(name, output, work);
+}
 
 void backward(const Tensor& loss) {
   check(loss.numel() == 1 && loss.needs_grad(), "backward needs one element that depends on a leaf, found shape {}{}",
@@ -107,13 +107,13 @@ void backward(const Tensor& loss) {
       GradientFn gradient = std::exchange(node->gradient, nullptr);
       Gradients gradients = gradient(std::exchange(node->grad, {}));
       gradient = nullptr;
-      observed(node->op, node->shape, Work::gradient);
+      queued(node->op, node->shape, Work::gradient);
       check(gradients.size() == node->inputs.size(), "{} has {} inputs and gave {} gradients", node->op,
             node->inputs.size(), gradients.size());
       for (size_t i = 0; i < gradients.size(); ++i)
         if (Tensor dx = std::exchange(gradients[i], {}); dx && node->inputs[i]) {
           accumulate(*node->inputs[i], dx);
-          observed(node->inputs[i]->op, node->inputs[i]->shape, Work::sum);
+          queued(node->inputs[i]->op, node->inputs[i]->shape, Work::sum);
         }
     }
     node->inputs.clear();

@@ -41,15 +41,16 @@ Tensor leaf(const Tensor& x);
 // so saved activations return to the allocator on the way; a graph can be walked once.
 void backward(const Tensor& loss);
 
-// What a profiler learns while a step runs (tools/bench_step): it is called when an op's work was queued, and says whose
-// all the work is that was queued since the call before.
+// What a profiler learns while a step runs (tools/bench_step): it is called when work was queued, and says whose all that
+// was queued since the call before is. Ops that are recorded say so themselves.
 enum class Work : uint8_t {
-  forward,   // of the op that gave an output of this shape
+  forward,   // of the op that gave an output of this shape, or something outside autograd
   gradient,  // of that op
   sum,       // adding up what several uses gave as the gradient of that output
 };
-using OpObserver = std::function<void(const char* op, const Shape& output, Work work)>;
-void observe_ops(OpObserver observer);  // an empty one ends it
+using WorkObserver = std::function<void(const char* name, const Shape& output, Work work)>;
+void observe_work(WorkObserver observer);  // an empty one ends it
+void queued(const char* name, const Shape& output = {}, Work work = Work::forward);
 
 // While one lives, ops of this thread record nothing.
 class NoGrad {

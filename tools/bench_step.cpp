@@ -5,14 +5,13 @@
 #include <cmath>
 
 #include "engine/allocator.h"
-#include "engine/ops.h"
-#include "engine/optim/adamw.h"
 #include "model/transformer.h"
 #include "tools/bench_step/pieces.h"
 #include "tools/bench_step/recorder.h"
 #include "tools/bench_step/stopwatch.h"
 #include "train/device_info.h"
 #include "train/recipe.h"
+#include "train/step.h"
 
 namespace weft {
 namespace {
@@ -24,45 +23,22 @@ double at_share(std::vector<double> values, double share) {
   return values[static_cast<size_t>(share * static_cast<double>(values.size() - 1))];
 }
 
-// A model with the one batch that it is trained on over and over.
-class Bench {
- public:
-  Bench(const Recipe& r, const Config& config)
-      : recipe_(r), model_(config, Scope(params_, r.device, 42)), optimizer_(params_.all(), {.weight_decay = r.weight_decay}) {
-    std::vector<int32_t> ids(static_cast<size_t>(r.batch * r.seq + 1));
-    for (size_t i = 0; i < ids.size(); ++i)
-      ids[i] = static_cast<int32_t>(random_below({7, 7}, i, static_cast<uint64_t>(config.vocab_size)));
-    const std::span<const int32_t> all(ids);
-    tokens_ = Tensor::from(all.first(ids.size() - 1), {r.batch, r.seq}, r.device);
-    targets_ = Tensor::from(all.subspan(1), {r.batch, r.seq}, r.device);
-  }
+// Which part of a step an item is in, by the piece it counts to and its owner.
+const char* phase_of(const Item& item, const std::string& piece) {
+  if (piece == "gradient norm") return "norm";
+  if (piece == "optimizer") return "optimizer";
+  return item.owner.work == Work::forward ? "forward" : "backward";
+}
 
-  // One step; says when a phase is queued.
-  void step(const Phase& ended) {
-    Rng rng(42, steps_++);
-    Loss loss = model_.loss(tokens_, targets_, {.training = true, .rng = &rng, .compute = recipe_.precision});
-    ended("forward");
-    backward(std::exchange(loss, {}).total);
-    ended("backward");
-    std::vector<Tensor> gradients;
-    for (const Parameter& p : params_.list()) gradients.push_back(p.value.grad());
-    const double norm = std::sqrt(squared_norm(gradients).item());
-    ended("gradient_norm");
-    optimizer_.step(recipe_.adamw_lr, std::min(1.0, recipe_.clip_norm / (norm + 1e-6)));
-    params_.clear_grads();
-    ended("optimizer");
-  }
-
- private:
-  Recipe recipe_;
-  Params params_;
-  Transformer model_;
-  AdamW optimizer_;
-  Tensor tokens_, targets_;
-  uint64_t steps_ = 0;
-};
-
-constexpr const char* kPhases[] = {"forward", "backward", "gradient_norm", "optimizer"};
+Batch some_batch(const Recipe& r, int64_t vocabulary) {
+  Batch batch;
+  batch.batch = r.batch, batch.seq = r.seq;
+  for (int64_t i = 0; i <= r.batch * r.seq; ++i)
+    batch.tokens.push_back(static_cast<int32_t>(random_below({7, 7}, static_cast<uint64_t>(i), static_cast<uint64_t>(vocabulary))));
+  batch.targets.assign(batch.tokens.begin() + 1, batch.tokens.end());
+  batch.tokens.pop_back();
+  return batch;
+}
 
 // Rates where there is something to rate.
 void add_rates(Json& row, double ms, const PieceWork& work) {
@@ -81,6 +57,7 @@ void add_tables(Json& result, const std::vector<std::vector<Item>>& recorded, co
   };
   std::map<std::string, Sum> pieces;
   std::map<std::pair<std::string, std::string>, Sum> kernels;
+  std::map<std::string, double> phases;
   double busy = 0, items = 0, floor = 0;
   for (const std::vector<Item>& step : recorded) {
     busy += share * busy_time(step), items += share * static_cast<double>(step.size());
@@ -88,8 +65,10 @@ void add_tables(Json& result, const std::vector<std::vector<Item>>& recorded, co
       const std::string piece = piece_of(item, config);
       for (Sum* sum : {&pieces[piece], &kernels[{piece, item.name}]})
         sum->ms += share * (item.end - item.start), sum->calls += share;
+      phases[phase_of(item, piece)] += share * (item.end - item.start);
     }
   }
+  result["phase_ms"] = phases;
   result["busy_ms"] = busy, result["gap_ms"] = step_ms - busy, result["items"] = items;
   for (const std::string& name : piece_names()) {
     const auto work = works.find(name);
@@ -112,18 +91,32 @@ Json measure(const Recipe& r, const std::string& name, int64_t steps, const Capa
   memory.release_cached();
   memory.reset_peaks();
   const Config config = r.config(name);
-  Bench bench(r, config);
-  const Phase nothing = [](const char*) {};
-  for (int i = 0; i < kWarmUp; ++i) bench.step(nothing);
+  const Batch batch = some_batch(r, config.vocab_size);
+  Params params;
+  const Transformer model(config, Scope(params, r.device, 42));
+  TrainingStep step(model, params, r, 42);
+  std::vector<double> micro_ms, update_ms;
+  const auto take = [&](int64_t left) {
+    while (step.updates_pending() > left) {
+      const StepResult result = step.take();
+      micro_ms.push_back(result.micro_ms), update_ms.push_back(result.update_ms);
+    }
+  };
+  const auto one = [&] {
+    step.micro_batch(batch);
+    step.update(1);
+    take(TrainingStep::kInFlight - 1);
+  };
+  for (int i = 0; i < kWarmUp; ++i) one();
+  take(0);
+  micro_ms.clear(), update_ms.clear();
 
-  Stopwatch whole(r.device), parts(r.device);
+  Stopwatch whole(r.device);
   whole.mark();
-  for (int64_t i = 0; i < steps; ++i) bench.step(nothing), whole.mark();
+  for (int64_t i = 0; i < steps; ++i) one(), whole.mark();
   const std::vector<double> step_ms = whole.intervals();
+  take(0);
   const double peak_gb = static_cast<double>(memory.stats().peak_allocated) / 1e9;
-  parts.mark();
-  for (int64_t i = 0; i < steps; ++i) bench.step([&](const char*) { parts.mark(); });
-  const std::vector<double> part_ms = parts.intervals();
 
   const double tokens = static_cast<double>(r.batch * r.seq), median = at_share(step_ms, 0.5);
   const double flops = flops_per_token(config, r.seq) * tokens;
@@ -138,15 +131,10 @@ Json measure(const Recipe& r, const std::string& name, int64_t steps, const Capa
               {"peak_memory_gb", peak_gb}};
   if (const std::optional<double> peak = peak_flops(r.device, r.precision))
     result["mfu_of_data_sheet"] = 1e3 * flops / median / *peak;
-  for (size_t p = 0; p < std::size(kPhases); ++p) {
-    std::vector<double> of_phase;
-    for (size_t i = p; i < part_ms.size(); i += std::size(kPhases)) of_phase.push_back(part_ms[i]);
-    result["phase_ms"][kPhases[p]] = at_share(of_phase, 0.5);
-  }
+  result["forward_backward_ms"] = at_share(micro_ms, 0.5), result["update_ms"] = at_share(update_ms, 0.5);
   if (!recording_problem(r.device).empty()) return result;
   std::vector<std::vector<Item>> recorded;
-  for (int i = 0; i < kRecordedSteps; ++i)
-    recorded.push_back(record_items(r.device, [&](const Phase& ended) { bench.step(ended); }));
+  for (int i = 0; i < kRecordedSteps; ++i) recorded.push_back(record_items(r.device, one)), take(0);
   add_tables(result, recorded, config, piece_work(config, {r.device, r.batch, r.seq, size_of(r.precision)}, device), median);
   return result;
 }
@@ -159,22 +147,23 @@ void print_summary(const Json& all) {
   fmt::print("{}, {} x {} tokens; measured: matrix product {:.1f} TFLOP/s, copy {:.0f} GB/s\n",
              all["device"].get<std::string>(), all["batch"].get<int64_t>(), all["seq"].get<int64_t>(),
              all["matrix_tflops"].get<double>(), all["copy_gb_per_second"].get<double>());
-  fmt::print("{:<10} {:>8} {:>15} {:>9} {:>8} {:>6} {:>8} {:>9} | {:>8} {:>8} {:>6} {:>9}\n", "", "step ms", "p10..p90",
-             "tokens/s", "TFLOP/s", "MFU", "peak GB", "x floor", "forward", "backward", "norm", "optimizer");
+  fmt::print("{:<10} {:>8} {:>15} {:>9} {:>8} {:>6} {:>8} {:>9} | {:>8} {:>8}\n", "", "step ms", "p10..p90",
+             "tokens/s", "TFLOP/s", "MFU", "peak GB", "x floor", "fwd+bwd", "update");
   for (const Json& s : all["steps"]) {
     const auto n = [&](const char* key) { return s[key].get<double>(); };
-    const auto phase = [&](const char* key) { return s["phase_ms"][key].get<double>(); };
-    fmt::print("{:<10} {:>8.2f} {:>7.2f}..{:<6.2f} {:>9.0f} {:>8.1f} {:>5.1f}% {:>8.2f} {:>9} | {:>8.2f} {:>8.2f} {:>6.2f} {:>9.2f}\n",
+    fmt::print("{:<10} {:>8.2f} {:>7.2f}..{:<6.2f} {:>9.0f} {:>8.1f} {:>5.1f}% {:>8.2f} {:>9} | {:>8.2f} {:>8.2f}\n",
                s["configuration"].get<std::string>(), n("step_ms"), n("step_ms_p10"), n("step_ms_p90"), n("tokens_per_second"),
-               n("tflops"), 100 * n("mfu_of_measured"), n("peak_memory_gb"), cell(s, "times_floor", "{:.2f}"), phase("forward"),
-               phase("backward"), phase("gradient_norm"), phase("optimizer"));
+               n("tflops"), 100 * n("mfu_of_measured"), n("peak_memory_gb"), cell(s, "times_floor", "{:.2f}"), n("forward_backward_ms"),
+               n("update_ms"));
   }
 }
 
 void print_tables(const Json& s, int64_t kernels) {
-  fmt::print("\n{}: step {:.2f} ms, items {:.0f} busy {:.2f} ms, gaps {:.2f} ms, floor {:.2f} ms\n",
-             s["configuration"].get<std::string>(), s["step_ms"].get<double>(), s["items"].get<double>(), s["busy_ms"].get<double>(),
-             s["gap_ms"].get<double>(), s["floor_ms"].get<double>());
+  const auto n = [&](const char* key) { return s[key].get<double>(); };
+  std::string phases;
+  for (const char* phase : {"forward", "backward", "norm", "optimizer"}) phases += fmt::format(", {} {}", phase, cell(s["phase_ms"], phase, "{:.2f}"));
+  fmt::print("\n{}: step {:.2f} ms, of which {:.0f} kernels and copies {:.2f} and gaps {:.2f}; floor {:.2f}{}\n",
+             s["configuration"].get<std::string>(), n("step_ms"), n("items"), n("busy_ms"), n("gap_ms"), n("floor_ms"), phases);
   fmt::print("{:<26} {:>8} {:>6} {:>6} {:>8} {:>7} {:>9} {:>8}\n", "piece", "ms", "share", "calls", "TFLOP/s", "GB/s", "floor ms",
              "x floor");
   for (const Json& p : s["pieces"])
@@ -216,6 +205,7 @@ int run(int argc, char** argv) {
     if (equals == std::string::npos) fail(Fault::usage, "--set {}: expected key=value", s);
     set_field(r, s.substr(0, equals), s.substr(equals + 1));
   }
+  r.muon = false, r.accumulate = 1;
   validate(r);
 
   const Capability capability{matrix_rate(r.device, r.precision), copy_rate(r.device)};

@@ -147,6 +147,7 @@ Routing route_top_k(const Tensor& logits, int64_t k) {
   dispatch_logits("route_top_k", logits, [&]<class T>(auto device) {
     route(device, logits.data<T>(), out, n, static_cast<int>(experts), static_cast<int>(k));
   });
+  queued("route_top_k", r.experts.shape());
   return r;
 }
 

@@ -118,6 +118,7 @@ Tensor squared_norm(const std::vector<Tensor>& xs) {
   }
   Tensor y = Tensor::empty({}, DType::f32, xs[0].device());
   on_device(xs[0].device(), [&](auto device) { sum_squares(device, xs, blocks, y.data<float>()); });
+  queued("squared_norm");
   return y;
 }
 

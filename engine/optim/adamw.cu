@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "engine/allocator.h"
+#include "engine/autograd.h"
 #include "engine/cpu/parallel.h"
 #if WEFT_CUDA
 #include "engine/cuda/stream.h"
@@ -103,6 +104,7 @@ void AdamW::step(double learning_rate, double grad_scale) {
                        static_cast<float>(learning_rate / (1 - std::pow(options_.beta1, t))),
                        static_cast<float>(std::sqrt(1 - std::pow(options_.beta2, t)))};
   on_device(parameters_[0].device(), [&](auto device) { update_all(device, slots, c); });
+  queued("adamw");
 }
 
 }  // namespace weft

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "engine/allocator.h"
+#include "engine/autograd.h"
 #include "engine/cpu/gemm.h"
 #include "engine/cpu/parallel.h"
 #include "engine/ops.h"
@@ -216,6 +217,7 @@ void Muon::step(double learning_rate, double grad_scale) {
       descend(device, parameters_[i].data<float>(), from, static_cast<float>(rate), parameters_[i].numel());
     });
   }
+  queued("muon");
 }
 
 }  // namespace weft

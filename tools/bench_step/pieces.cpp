@@ -36,7 +36,7 @@ constexpr Row kRows[] = {
     {"add_normal", Of::both, "", "routing"},
     {"routing_weights", Of::both, "", "routing"},
     {"balance_loss", Of::both, "", "routing"},
-    {"gather_rows", Of::forward, "route_", "routing"},  // route_top_k has no gradient, so it is no op of autograd's
+    {"route_top_k", Of::both, "", "routing"},
     {"gather_rows", Of::both, "", "expert rows"},
     {"combine_rows", Of::both, "", "expert rows"},
     {"grouped_matmul", Of::forward, "", "experts, forward"},
@@ -49,8 +49,9 @@ constexpr Row kRows[] = {
     {"head", Of::gradient, "", "head, backward"},
     {"cross_entropy", Of::both, "", "cross-entropy"},
     {"cast", Of::both, "", "weight casts"},
-    {"gradient_norm", Of::both, "", "gradient norm"},
-    {"optimizer", Of::both, "", "optimizer"},
+    {"squared_norm", Of::both, "", "gradient norm"},
+    {"adamw", Of::both, "", "optimizer"},
+    {"muon", Of::both, "", "optimizer"},
 };
 constexpr const char* kSums = "gradient sums";
 constexpr const char* kOther = "other";
@@ -93,8 +94,8 @@ bool fits(const Row& row, const Item& item, const std::string& op) {
 std::string piece_of(const Item& item, const Config& config) {
   if (item.owner.work == Work::sum) return kSums;
   const Shape& y = item.owner.output;
-  const bool head = item.owner.op == "matmul" && y.rank() > 0 && y[-1] == config.vocab_size;
-  const std::string op = head ? "head" : item.owner.op;
+  const bool head = item.owner.name == "matmul" && y.rank() > 0 && y[-1] == config.vocab_size;
+  const std::string op = head ? "head" : item.owner.name;
   for (const Row& row : kRows)
     if (fits(row, item, op)) return row.piece;
   return kOther;

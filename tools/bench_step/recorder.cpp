@@ -18,11 +18,11 @@ namespace {
 
 // Takes the observer away again, also when the step throws.
 struct Observing {
-  explicit Observing(OpObserver observer) { observe_ops(std::move(observer)); }
-  ~Observing() { observe_ops({}); }
+  explicit Observing(WorkObserver observer) { observe_work(std::move(observer)); }
+  ~Observing() { observe_work({}); }
 };
 
-std::vector<Item> record_on_cpu(const std::function<void(const Phase&)>& step) {
+std::vector<Item> record_on_cpu(const std::function<void()>& step) {
   using Clock = std::chrono::steady_clock;
   const auto start = Clock::now();
   const auto now = [&] { return std::chrono::duration<double, std::milli>(Clock::now() - start).count(); };
@@ -33,8 +33,8 @@ std::vector<Item> record_on_cpu(const std::function<void(const Phase&)>& step) {
     items.push_back({kOnCpu, before, at, std::move(owner)});
     before = now();
   };
-  const Observing observing([&](const char* op, const Shape& output, Work work) { close({op, output, work}); });
-  step([&](const char* name) { close({name, {}, Work::forward}); });
+  const Observing observing([&](const char* name, const Shape& output, Work work) { close({name, output, work}); });
+  step();
   return items;
 }
 
@@ -137,7 +137,7 @@ std::vector<Item> collected(const std::vector<Owner>& owners) {
   return items;
 }
 
-std::vector<Item> record_on_gpu(const std::function<void(const Phase&)>& step) {
+std::vector<Item> record_on_gpu(const std::function<void()>& step) {
   wait_for(Device::cuda);
   const Collecting collecting;
   std::vector<Owner> owners;
@@ -152,8 +152,8 @@ std::vector<Item> record_on_gpu(const std::function<void(const Phase&)>& step) {
   };
   open();
   {
-    const Observing observing([&](const char* op, const Shape& output, Work work) { close({op, output, work}); });
-    step([&](const char* name) { close({name, {}, Work::forward}); });
+    const Observing observing([&](const char* name, const Shape& output, Work work) { close({name, output, work}); });
+    step();
   }
   uint64_t last = 0;
   cupti_check(cuptiActivityPopExternalCorrelationId(kExternal, &last), "closing a segment");
@@ -170,7 +170,7 @@ std::string recording_problem([[maybe_unused]] Device device) {
   return "";
 }
 
-std::vector<Item> record_items([[maybe_unused]] Device device, const std::function<void(const Phase&)>& step) {
+std::vector<Item> record_items([[maybe_unused]] Device device, const std::function<void()>& step) {
 #if WEFT_CUPTI
   if (device == Device::cuda) return record_on_gpu(step);
 #endif

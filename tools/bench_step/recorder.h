@@ -9,9 +9,9 @@
 
 namespace weft {
 
-// Whose an item is. An op's name, or one that the step's own code gave to a phase outside autograd.
+// Whose an item is, in the words of engine/autograd.h's queued().
 struct Owner {
-  std::string op;
+  std::string name;
   Shape output;
   Work work = Work::forward;
 };
@@ -26,10 +26,8 @@ struct Item {
 // Why no items can be recorded here; empty where they can.
 std::string recording_problem(Device device);
 
-// Runs `step` and returns what the device did, in order of start. `step` gets a function that gives all work queued
-// since the op before to a phase of that name.
-using Phase = std::function<void(const char* name)>;
-std::vector<Item> record_items(Device device, const std::function<void(const Phase&)>& step);
+// Runs `step` and returns what the device did, in order of start.
+std::vector<Item> record_items(Device device, const std::function<void()>& step);
 
 // Runs a step that queues its work without ops, as the replay of a captured one does. An item has the owner of the item
 // of `eager` with the same name and the same place among those of that name.
