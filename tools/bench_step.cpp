@@ -87,13 +87,24 @@ void add_tables(Json& result, const std::vector<std::vector<Item>>& recorded, co
 }
 
 Json measure(const Recipe& r, const std::string& name, int64_t steps, const Capability& device) {
-  CachingAllocator& memory = allocator(r.device);
-  memory.release_cached();
-  memory.reset_peaks();
   const Config config = r.config(name);
   const Batch batch = some_batch(r, config.vocab_size);
   Params params;
   const Transformer model(config, Scope(params, r.device, 42));
+  // A captured step's kernels have no owners: those of an eager one, in the same order, do.
+  std::vector<Item> eager;
+  if (r.graphs && r.device == Device::cuda && recording_problem(r.device).empty()) {
+    Recipe eagerly = r;
+    eagerly.graphs = false;
+    TrainingStep step(model, params, eagerly, 42);
+    const auto one = [&] { step.micro_batch(batch), step.update(1), step.take(); };
+    one();
+    eager = record_items(r.device, one);
+  }
+
+  CachingAllocator& memory = allocator(r.device);
+  memory.release_cached();
+  memory.reset_peaks();
   TrainingStep step(model, params, r, 42);
   std::vector<double> micro_ms, update_ms;
   const auto take = [&](int64_t left) {
@@ -134,7 +145,10 @@ Json measure(const Recipe& r, const std::string& name, int64_t steps, const Capa
   result["forward_backward_ms"] = at_share(micro_ms, 0.5), result["update_ms"] = at_share(update_ms, 0.5);
   if (!recording_problem(r.device).empty()) return result;
   std::vector<std::vector<Item>> recorded;
-  for (int i = 0; i < kRecordedSteps; ++i) recorded.push_back(record_items(r.device, one)), take(0);
+  for (int i = 0; i < kRecordedSteps; ++i) {
+    recorded.push_back(eager.empty() ? record_items(r.device, one) : record_replay(eager, one));
+    take(0);
+  }
   add_tables(result, recorded, config, piece_work(config, {r.device, r.batch, r.seq, size_of(r.precision)}, device), median);
   return result;
 }
