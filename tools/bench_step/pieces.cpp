@@ -8,9 +8,12 @@
 namespace weft {
 namespace {
 
-// The first row that fits an item is its own. An empty kernel fits all; otherwise the kernel's name must contain it.
+constexpr std::string_view kHead = "head";  // the matmul that gives logits
+
+// The first row that fits an item is its own. An empty name fits all owners, an empty kernel all kernels; otherwise the
+// kernel's name must contain it.
 struct Row {
-  const char* op;
+  std::string_view name;
   enum class Of : uint8_t { both, forward, gradient } work;
   const char* kernel;
   const char* piece;
@@ -20,6 +23,7 @@ using Of = Row::Of;
 constexpr Row kRows[] = {
     {"embedding", Of::both, "", "embedding"},
     {"rms_norm", Of::both, "", "norms, residual"},
+    {"add_rms_norm", Of::both, "", "norms, residual"},
     {"add_dropout", Of::both, "", "norms, residual"},
     {"dropout", Of::both, "", "norms, residual"},
     {"matmul", Of::forward, "", "projections, forward"},
@@ -34,24 +38,40 @@ constexpr Row kRows[] = {
     {"attention", Of::gradient, "", "attention, backward"},
     {"router_logits", Of::both, "", "routing"},
     {"add_normal", Of::both, "", "routing"},
+    {"route_top_k", Of::both, "", "routing"},
     {"routing_weights", Of::both, "", "routing"},
     {"balance_loss", Of::both, "", "routing"},
-    {"route_top_k", Of::both, "", "routing"},
     {"gather_rows", Of::both, "", "expert rows"},
     {"combine_rows", Of::both, "", "expert rows"},
+    {"weigh_rows", Of::both, "", "expert rows"},
+    {"sum_rows", Of::both, "", "expert rows"},
+    {"expert_mlp", Of::both, "gather", "expert rows"},
+    {"expert_mlp", Of::both, "sum_choices", "expert rows"},
     {"grouped_matmul", Of::forward, "", "experts, forward"},
+    {"expert_mlp", Of::forward, "", "experts, forward"},
     {"grouped_matmul", Of::gradient, kOnCpu, "experts, backward"},
+    {"expert_mlp", Of::gradient, kOnCpu, "experts, backward"},
     {"grouped_matmul", Of::gradient, "Product)2", "experts, weight gradient"},
+    {"expert_mlp", Of::gradient, "Product)2", "experts, weight gradient"},
     {"grouped_matmul", Of::gradient, "", "experts, input gradient"},
+    {"expert_mlp", Of::gradient, "", "experts, input gradient"},
     {"silu", Of::both, "", "expert activation"},
     {"silu_dropout", Of::both, "", "expert activation"},
-    {"head", Of::forward, "", "head, forward"},
-    {"head", Of::gradient, "", "head, backward"},
+    {"linear_cross_entropy", Of::both, "row_losses", "cross-entropy"},
+    {"linear_cross_entropy", Of::both, "totals", "cross-entropy"},
+    {"linear_cross_entropy", Of::both, "scale_by", "gradient sums"},
+    {"linear_cross_entropy", Of::both, "", "head"},
+    {kHead, Of::both, "", "head"},
     {"cross_entropy", Of::both, "", "cross-entropy"},
     {"cast", Of::both, "", "weight casts"},
     {"squared_norm", Of::both, "", "gradient norm"},
+    {"clip", Of::both, "", "gradient norm"},
     {"adamw", Of::both, "", "optimizer"},
     {"muon", Of::both, "", "optimizer"},
+    {"", Of::both, "square_ranges", "gradient norm"},
+    {"", Of::both, "add_up_ranges", "gradient norm"},
+    {"", Of::both, "adamw", "optimizer"},
+    {"", Of::both, "muon", "optimizer"},
 };
 constexpr const char* kSums = "gradient sums";
 constexpr const char* kOther = "other";
@@ -84,9 +104,9 @@ class Works {
   Capability device_;
 };
 
-bool fits(const Row& row, const Item& item, const std::string& op) {
+bool fits(const Row& row, const Item& item, std::string_view name) {
   const bool work = row.work == Of::both || (row.work == Of::forward) == (item.owner.work == Work::forward);
-  return op == row.op && work && item.name.find(row.kernel) != std::string::npos;
+  return (row.name.empty() || name == row.name) && work && item.name.find(row.kernel) != std::string::npos;
 }
 
 }  // namespace
@@ -95,9 +115,8 @@ std::string piece_of(const Item& item, const Config& config) {
   if (item.owner.work == Work::sum) return kSums;
   const Shape& y = item.owner.output;
   const bool head = item.owner.name == "matmul" && y.rank() > 0 && y[-1] == config.vocab_size;
-  const std::string op = head ? "head" : item.owner.name;
   for (const Row& row : kRows)
-    if (fits(row, item, op)) return row.piece;
+    if (fits(row, item, head ? kHead : item.owner.name)) return row.piece;
   return kOther;
 }
 
@@ -106,8 +125,8 @@ const std::vector<std::string>& piece_names() {
     std::vector<std::string> found;
     for (const Row& row : kRows)
       if (std::find(found.begin(), found.end(), row.piece) == found.end()) found.push_back(row.piece);
-    found.push_back(kSums);
-    found.push_back(kOther);
+    for (const char* last : {kSums, kOther})
+      if (std::find(found.begin(), found.end(), last) == found.end()) found.push_back(last);
     return found;
   }();
   return names;
@@ -168,9 +187,9 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
     works.products(whole ? "experts, backward" : "experts, weight gradient", Gives::weights, rows, in, out, experts, layers);
   }
   works.avoidable_pass("expert activation", layers * 5 * s * rows * f);
-  works.products("head, forward", Gives::activations, n, d, v, 1, 1);
-  works.products("head, backward", Gives::activations, n, v, d, 1, 1);
-  works.products("head, backward", Gives::weights, n, d, v, 1, 1);
+  works.products("head", Gives::activations, n, d, v, 1, 1);
+  works.products("head", Gives::activations, n, v, d, 1, 1);
+  works.products("head", Gives::weights, n, d, v, 1, 1);
   works.pass("cross-entropy", 2 * s * n * v);  // logits read, their gradient written over them
   if (size.value_bytes != 4) works.avoidable_pass("weight casts", (4 + s) * matrices);
   works.avoidable_pass("gradient norm", 4 * parameters);
