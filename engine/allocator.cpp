@@ -76,6 +76,7 @@ MemoryScope::~MemoryScope() {
   scope_category = old_category_;
   scope_layer = old_layer_;
 }
+const char* MemoryScope::layer() { return scope_layer; }
 
 struct MemoryPool::Blocks : FreeBlocks {
   int64_t live = 0;
@@ -331,6 +332,21 @@ void CachingAllocator::free(void* p) noexcept {
     --static_cast<MemoryPool::Blocks*>(b->owner)->live;
   }
   c.put_back(b);
+}
+
+bool CachingAllocator::relabel(void* p, Category category, const char* layer) {
+  Core& c = *core_;
+  const std::lock_guard lock(c.mutex);
+  const auto it = c.live.find(p);
+  if (it == c.live.end()) return false;
+  Block* b = it->second;
+  c.account(*b, -1);
+  b->category = category;
+  b->layer = layer;
+  c.account(*b, 1);
+  int64_t& peak = c.stats.peak[static_cast<int>(category)];
+  peak = std::max(peak, c.stats.current[static_cast<int>(category)]);
+  return true;
 }
 
 MemoryStats CachingAllocator::stats() const {

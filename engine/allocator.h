@@ -32,6 +32,7 @@ class MemoryScope {
   ~MemoryScope();
   MemoryScope(const MemoryScope&) = delete;
   MemoryScope& operator=(const MemoryScope&) = delete;
+  static const char* layer();  // this thread's now
 
  private:
   Category old_category_;
@@ -96,6 +97,8 @@ class CachingAllocator {
   // nullptr is passed over. A pointer that no block starts at (freed twice, or foreign) is a bug that memory would not
   // survive: the process says so and aborts.
   void free(void* p) noexcept;
+  // The block that starts at p counts as this from now on; false where none starts there.
+  bool relabel(void* p, Category category, const char* layer);
 
   MemoryStats stats() const;
   std::vector<LayerUse> layers_at_peak() const;  // largest first; they add up to peak_allocated

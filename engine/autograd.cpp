@@ -15,8 +15,8 @@ thread_local bool recording = true;
 std::atomic<uint64_t> next_order{0};
 WorkObserver work_observer;
 
-// Adds dy to the node's sum. A leaf's sum is its own memory; any other node first borrows dy, and adds in place only
-// while nothing else holds it: an op may hand one dy to several inputs.
+// Adds dy to the node's sum. A leaf's sum is its own memory: dy's if no one else holds that. Any other node first
+// borrows dy, and adds in place only while nothing else holds it: an op may hand one dy to several inputs.
 void accumulate(Node& node, const Tensor& dy) {
   check(dy.shape() == node.shape, "the gradient of {}'s output has shape {}, its value {}", node.op, dy.shape().str(),
         node.shape.str());
@@ -24,8 +24,12 @@ void accumulate(Node& node, const Tensor& dy) {
     add_into(node.grad, dy);
   } else if (node.grad) {
     node.grad = add(node.grad, dy.dtype() == node.grad.dtype() ? dy : cast(dy, node.grad.dtype()));
+  } else if (node.leaf && dy.sole_owner() &&
+             (dy.dtype() == node.dtype || (node.narrow_sums && size_of(dy.dtype()) < size_of(node.dtype)))) {
+    node.grad = dy.detached();
+    allocator(dy.device()).relabel(dy.raw(), Category::gradient, node.layer);
   } else if (node.leaf) {
-    MemoryScope scope(Category::gradient);
+    MemoryScope scope(Category::gradient, node.layer);
     node.grad = Tensor::empty(node.shape, node.dtype, dy.device());
     copy_into(node.grad, dy);
   } else {
@@ -45,6 +49,7 @@ Tensor record(const char* op, Tensor y, const std::vector<Tensor>& inputs, Gradi
   auto node = std::make_shared<Node>(op, next_order++, y.shape(), y.dtype());
   for (const Tensor& x : inputs) node->inputs.push_back(x.node());
   node->gradient = std::move(gradient);
+  node->layer = MemoryScope::layer();
   y.set_node(std::move(node));
   return y;
 }
@@ -70,6 +75,7 @@ Tensor leaf(const Tensor& x) {
   Tensor t = x.detached();
   auto node = std::make_shared<Node>("leaf", next_order++, t.shape(), t.dtype());
   node->leaf = true;
+  node->layer = MemoryScope::layer();
   t.set_node(std::move(node));
   return t;
 }
@@ -78,6 +84,28 @@ void observe_work(WorkObserver observer) { work_observer = std::move(observer); 
 
 void queued(const char* name, const Shape& output, Work work) {
   if (work_observer) work_observer(name, output, work);
+}
+
+void keep_copy(const Tensor& leaf, DType dtype, GradientSums sums) {
+  check(leaf.node() && leaf.node()->leaf && size_of(dtype) < size_of(leaf.dtype()),
+        "a copy in {} is kept of a leaf in a wider dtype, found {} {}", name_of(dtype), name_of(leaf.dtype()),
+        leaf.shape().str());
+  Node& node = *leaf.node();
+  const MemoryScope scope(Category::parameter, node.layer);
+  node.copy = Tensor::empty(leaf.shape(), dtype, leaf.device());
+  node.narrow_sums = sums == GradientSums::as_given;
+  refresh_copy(leaf);
+}
+
+void refresh_copy(const Tensor& leaf) {
+  if (leaf.node() && leaf.node()->copy) copy_into(leaf.node()->copy, leaf.detached());
+}
+
+Tensor kept_copy(const Tensor& leaf) {
+  if (!leaf.node() || !leaf.node()->copy) return {};
+  Tensor copy = leaf.node()->copy;
+  copy.set_node(leaf.node());
+  return copy;
 }
 
 void backward(const Tensor& loss) {
@@ -104,6 +132,7 @@ void backward(const Tensor& loss) {
   for (std::shared_ptr<Node>& node : nodes) {
     if (!node->leaf && node->grad) {
       check(static_cast<bool>(node->gradient), "the graph of {} was walked twice", node->op);
+      const MemoryScope scope(Category::activation, node->layer);
       GradientFn gradient = std::exchange(node->gradient, nullptr);
       Gradients gradients = gradient(std::exchange(node->grad, {}));
       gradient = nullptr;

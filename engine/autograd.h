@@ -23,6 +23,9 @@ struct Node {
   GradientFn gradient;                        // empty on a leaf, and after it ran
   Tensor grad;                                // the sum so far; a leaf keeps it
   bool leaf = false;
+  const char* layer = "";  // the memory scope's where the op ran
+  Tensor copy;             // of a leaf: its values in a narrower dtype (keep_copy)
+  bool narrow_sums = false;
 };
 
 // Attaches a node to y when recording is on and an input needs a gradient; returns y.
@@ -34,8 +37,17 @@ using JointGradientFn = std::function<Gradients(std::vector<Tensor> dys)>;
 std::vector<Tensor> record_joint(const char* op, std::vector<Tensor> ys, const std::vector<Tensor>& inputs,
                                  JointGradientFn gradient);
 
-// x as a leaf: backward adds to its grad(), in x's dtype, and keeps it until clear_grad().
+// x as a leaf: backward adds to its grad(), in x's dtype, and keeps it until clear_grad(). The first gradient becomes
+// grad() itself, without a copy, where nothing else holds it.
 Tensor leaf(const Tensor& x);
+
+// What a leaf adds its gradients up in: its own dtype, or that of the first, if narrower: right where one is all.
+enum class GradientSums : uint8_t { own, as_given };
+// From here on the leaf keeps a copy of its values in a narrower dtype, and cast() gives that. Whoever writes the values
+// writes the copy too: optimizers do, with their updates; anyone else calls refresh_copy.
+void keep_copy(const Tensor& leaf, DType dtype, GradientSums sums);
+void refresh_copy(const Tensor& leaf);  // if it keeps one
+Tensor kept_copy(const Tensor& leaf);   // with the leaf's node: its gradient is the leaf's; no tensor if it keeps none
 
 // Adds d(loss)/d(leaf) to every leaf's grad(). loss has one element. Each node's closure is dropped as soon as it ran,
 // so saved activations return to the allocator on the way; a graph can be walked once.

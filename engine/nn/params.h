@@ -67,6 +67,13 @@ class Params {
   void clear_grads() const {
     for (const Parameter& p : list_) p.value.clear_grad();
   }
+  // From here on every parameter also lies in memory in this dtype, for the ops that run in it (engine/autograd.h).
+  void keep_copies(DType dtype, GradientSums sums) const {
+    for (const Parameter& p : list_) keep_copy(p.value, dtype, sums);
+  }
+  void refresh_copies() const {  // after values were written other than by an optimizer
+    for (const Parameter& p : list_) refresh_copy(p.value);
+  }
   void add(Parameter p) {
     check(!find(p.name), "parameter {} is made once", p.name);
     list_.push_back(std::move(p));

@@ -1,4 +1,5 @@
-// y = x in another dtype; dx = dy (backward converts where it adds). In place: to = x.
+// y = x in another dtype; dx = dy (backward converts where it adds). A leaf that keeps a copy in that dtype has done the
+// work: its copy is y. In place: to = x.
 #include "engine/ops.h"
 #include "engine/ops/elementwise.h"
 
@@ -30,6 +31,7 @@ void copy_into(const Tensor& to, const Tensor& x) {
 
 Tensor cast(const Tensor& x, DType dtype) {
   if (x.dtype() == dtype) return x;
+  if (const Tensor copy = kept_copy(x); copy && copy.dtype() == dtype) return copy;
   Tensor y = Tensor::empty(x.shape(), dtype, x.device());
   copy_into(y, x.detached());
   return record("cast", y, {x}, [](const Tensor& dy) -> Gradients { return {dy}; });

@@ -1,5 +1,7 @@
 // y = sum over tensors and elements of x^2, the square of the global norm that clips gradients.
 // Fixed ranges of each tensor are summed apart, then their sums in order: the result does not depend on scheduling.
+#include "engine/ops/squared_norm.h"
+
 #include "engine/ops.h"
 #include "engine/ops/elementwise.h"
 #if WEFT_CUDA
@@ -11,28 +13,33 @@ namespace {
 
 constexpr int64_t kRange = 65536;  // elements summed by one block
 
-int64_t ranges(int64_t n) { return (n + kRange - 1) / kRange; }
-
-void sum_squares(Cpu, const std::vector<Tensor>& xs, int64_t, float* y) {
-  double total = 0;
+void sum_ranges(Cpu, const std::vector<Tensor>& xs, float* sums) {
   for (const Tensor& x : xs) {
-    std::vector<double> partial(static_cast<size_t>(ranges(x.numel())));
+    const int64_t count = square_range_count(x.numel());
     dispatch(Cpu{}, x.dtype(), [&]<class T>() {
-      parallel_for(ranges(x.numel()), 1, [&, values = x.data<T>(), n = x.numel()](int64_t from, int64_t to) {
-        for (int64_t r = from; r < to; ++r)
+      parallel_for(count, 1, [sums, values = x.data<T>(), n = x.numel()](int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; ++r) {
+          double total = 0;
           for (int64_t i = r * kRange; i < std::min(n, (r + 1) * kRange); ++i) {
             const double v = static_cast<acc_t<T>>(values[i]);
-            partial[static_cast<size_t>(r)] += v * v;
+            total += v * v;
           }
+          sums[r] = static_cast<float>(total);
+        }
       });
     });
-    for (const double p : partial) total += p;
+    sums += count;
   }
+}
+void add_ranges(Cpu, const float* sums, int64_t n, float* y) {
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += sums[i];
   *y = static_cast<float>(total);
 }
 
 #if WEFT_CUDA
-constexpr int kTensors = 128;  // per launch: their table must fit a kernel's 4 KiB of arguments
+constexpr int kTensors = 512;  // per launch: their table must fit a kernel's 32 KB of arguments
+constexpr int kThreads = 512;
 
 struct Table {
   const void* data[kTensors];
@@ -45,20 +52,25 @@ struct Table {
 template <class T>
 __device__ float square_range(const T* x, int64_t n) {
   float total = 0;
+  const auto take = [&](T v) { total += static_cast<float>(v) * static_cast<float>(v); };
   constexpr int kWidth = 16 / sizeof(T);
-  if (n == kRange && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
-    const auto* packs = reinterpret_cast<const Pack<T, kWidth>*>(x);
-    for (int i = threadIdx.x; i < kRange / kWidth; i += 512) {
-      const Pack<T, kWidth> pack = packs[i];
+  const auto take_pack = [&](int i) {
+    const Pack<T, kWidth> pack = reinterpret_cast<const Pack<T, kWidth>*>(x)[i];
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) total += static_cast<float>(pack.v[j]) * static_cast<float>(pack.v[j]);
-    }
+    for (int j = 0; j < kWidth; ++j) take(pack.v[j]);
+  };
+  const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  if (n == kRange && aligned) {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < kRange / kWidth; i += kThreads) take_pack(i);
   } else {
-    for (int64_t i = threadIdx.x; i < n; i += 512) total += static_cast<float>(x[i]) * static_cast<float>(x[i]);
+    const int packs = aligned ? static_cast<int>(n) / kWidth : 0;
+    for (int i = threadIdx.x; i < packs; i += kThreads) take_pack(i);
+    for (int i = packs * kWidth + threadIdx.x; i < n; i += kThreads) take(x[i]);
   }
   return total;
 }
-__global__ void square_ranges(const __grid_constant__ Table table, float* partial) {
+__global__ void sum_square_ranges(const __grid_constant__ Table table, float* sums) {
   int low = 0, high = table.tensors - 1;  // the last tensor whose first block is not after this one
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -69,24 +81,23 @@ __global__ void square_ranges(const __grid_constant__ Table table, float* partia
   const int64_t n = min(kRange, table.n[low] - from);
   float total = table.is_bf16[low] ? square_range(static_cast<const bf16*>(table.data[low]) + from, n)
                                    : square_range(static_cast<const float*>(table.data[low]) + from, n);
-  total = block_sum<512>(total);
-  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+  total = block_sum<kThreads>(total);
+  if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
-__global__ void add_ranges(const float* partial, int64_t n, float* y) {
+__global__ void add_square_ranges(const float* sums, int64_t n, float* y) {
   double total = 0;
-  for (int64_t i = threadIdx.x; i < n; i += 512) total += partial[i];
-  total = block_sum<512>(total);
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) total += sums[i];
+  total = block_sum<kThreads>(total);
   if (threadIdx.x == 0) *y = static_cast<float>(total);
 }
 
-void sum_squares(Cuda, const std::vector<Tensor>& xs, int64_t blocks, float* y) {
-  const Tensor partial = Tensor::empty({blocks}, DType::f32, Device::cuda);
+void sum_ranges(Cuda, const std::vector<Tensor>& xs, float* sums) {
   int64_t done = 0;
   Table table;
   const auto flush = [&] {
     if (table.tensors == 0) return;
     const int here = table.first_block[table.tensors];
-    launch_blocks(square_ranges, dim3(static_cast<unsigned>(here)), 512, 0, table, partial.data<float>() + done);
+    launch_blocks(sum_square_ranges, dim3(static_cast<unsigned>(here)), kThreads, 0, table, sums + done);
     done += here;
     table.tensors = 0;
   };
@@ -99,25 +110,36 @@ void sum_squares(Cuda, const std::vector<Tensor>& xs, int64_t blocks, float* y) 
     table.data[i] = x.raw();
     table.n[i] = x.numel();
     table.is_bf16[i] = x.dtype() == DType::bf16;
-    table.first_block[i + 1] = table.first_block[i] + static_cast<int>(ranges(x.numel()));
+    table.first_block[i + 1] = table.first_block[i] + static_cast<int>(square_range_count(x.numel()));
     if (table.tensors == kTensors) flush();
   }
   flush();
-  launch_blocks(add_ranges, dim3(1), 512, 0, static_cast<const float*>(partial.data<float>()), done, y);
+}
+void add_ranges(Cuda, const float* sums, int64_t n, float* y) {
+  launch_blocks(add_square_ranges, dim3(1), kThreads, 0, sums, n, y);
 }
 #endif
 
 }  // namespace
 
-Tensor squared_norm(const std::vector<Tensor>& xs) {
+int64_t square_range_count(int64_t elements) { return (elements + kRange - 1) / kRange; }
+
+Tensor square_ranges(const std::vector<Tensor>& xs) {
   check(!xs.empty(), "squared_norm needs a tensor");
-  int64_t blocks = 0;
+  int64_t count = 0;
   for (const Tensor& x : xs) {
     check(x.device() == xs[0].device(), "squared_norm needs tensors of one device");
-    blocks += ranges(x.numel());
+    count += square_range_count(x.numel());
   }
-  Tensor y = Tensor::empty({}, DType::f32, xs[0].device());
-  on_device(xs[0].device(), [&](auto device) { sum_squares(device, xs, blocks, y.data<float>()); });
+  Tensor sums = Tensor::empty({count}, DType::f32, xs[0].device());
+  on_device(sums.device(), [&](auto device) { sum_ranges(device, xs, sums.data<float>()); });
+  return sums;
+}
+
+Tensor squared_norm(const std::vector<Tensor>& xs) {
+  const Tensor sums = square_ranges(xs);
+  Tensor y = Tensor::empty({}, DType::f32, sums.device());
+  on_device(y.device(), [&](auto device) { add_ranges(device, sums.data<float>(), sums.numel(), y.data<float>()); });
   queued("squared_norm");
   return y;
 }

@@ -15,60 +15,156 @@ namespace weft {
 namespace {
 
 struct Coefficients {
-  float grad_scale, beta1, beta2, eps, keep, rate, root;  // keep = 1 - lr wd; rate = lr / (1-b1^t); root = sqrt(1-b2^t)
+  float grad_scale, beta1, beta2, eps;
+  float keep, rate, root;  // 1 - lr wd; lr / (1-b1^t); 1 / sqrt(1-b2^t)
 };
-struct Slot {
-  float* w;
-  const float* g;
-  float* m;
-  float* v;
-  int64_t n;
+struct Progress {
+  int64_t steps;
+  int32_t applies;  // whether the step at hand is to be
+  Coefficients c;
 };
 
-WEFT_HD inline void update(const Slot& s, int64_t i, const Coefficients& c) {
-  const float g = s.g[i] * c.grad_scale;
-  const float m = s.m[i] + (1 - c.beta1) * (g - s.m[i]);
-  const float v = c.beta2 * s.v[i] + (1 - c.beta2) * g * g;
-  s.m[i] = m;
-  s.v[i] = v;
-  s.w[i] = s.w[i] * c.keep - c.rate * m / (sqrtf(v) / c.root + c.eps);
+struct Slot {
+  float *w, *m, *v;
+  bf16* copy;  // may be null
+  const void* g;
+  int64_t n;
+  bool narrow;  // g is bf16, else f32
+};
+
+WEFT_HD inline void begin(Progress* p, const UpdateState& state, const AdamWOptions& o, double learning_rate) {
+  p->applies = state.finite;
+  if (!state.finite) return;
+  const double t = static_cast<double>(++p->steps), rate = learning_rate * static_cast<double>(state.rate_factor);
+  p->c = {state.grad_scale,
+          static_cast<float>(o.beta1),
+          static_cast<float>(o.beta2),
+          static_cast<float>(o.eps),
+          static_cast<float>(1 - rate * o.weight_decay),
+          static_cast<float>(rate / (1 - pow(o.beta1, t))),
+          static_cast<float>(1 / sqrt(1 - pow(o.beta2, t)))};
 }
 
-void update_all(Cpu, const std::vector<Slot>& slots, const Coefficients& c) {
+WEFT_HD inline void update(float& w, float& m, float& v, float gradient, const Coefficients& c) {
+  const float g = gradient * c.grad_scale;
+  m += (1 - c.beta1) * (g - m);
+  v = c.beta2 * v + (1 - c.beta2) * g * g;
+  w = w * c.keep - c.rate * m / (sqrtf(v) * c.root + c.eps);
+}
+template <class G>
+WEFT_HD inline void update(const Slot& s, int64_t i, const Coefficients& c) {
+  update(s.w[i], s.m[i], s.v[i], static_cast<float>(static_cast<const G*>(s.g)[i]), c);
+  if (s.copy) s.copy[i] = bf16(s.w[i]);
+}
+
+void begin(Cpu, Progress* p, const UpdateState* state, const AdamWOptions& o, double learning_rate) {
+  begin(p, *state, o, learning_rate);
+}
+void update_all(Cpu, const std::vector<Slot>& slots, const Progress* p) {
+  if (!p->applies) return;
   for (const Slot& s : slots)
     parallel_for(s.n, 4096, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) update(s, i, c);
+      for (int64_t i = from; i < to; ++i) s.narrow ? update<bf16>(s, i, p->c) : update<float>(s, i, p->c);
     });
 }
 
 #if WEFT_CUDA
-constexpr int kSlots = 64;              // of one launch, within the 4 KiB of kernel parameters
-constexpr int64_t kBlockElements = 4096;
+constexpr int kSlots = 448;  // of one launch, within the 32 KB of a kernel's arguments
+constexpr int kThreads = 256;
+constexpr int kWidth = 4;   // elements that a thread takes at once: 16 bytes of w, m and v
+constexpr int kRounds = 2;  // what it takes in flight
+constexpr int64_t kBlockElements = kThreads * kWidth * kRounds;
 
 struct Batch {
   Slot slots[kSlots];
   int first_block[kSlots + 1];  // of each tensor
+  int count = 0;
 };
 
-__global__ void adamw_update(const Batch batch, Coefficients c) {
-  int t = 0;
-  while (static_cast<int>(blockIdx.x) >= batch.first_block[t + 1]) ++t;
-  const Slot& s = batch.slots[t];
-  const int64_t from = (blockIdx.x - batch.first_block[t]) * kBlockElements;
-  const int64_t to = from + kBlockElements < s.n ? from + kBlockElements : s.n;
-  for (int64_t i = from + threadIdx.x; i < to; i += blockDim.x) update(s, i, c);
+template <class T>
+struct alignas(sizeof(T) * kWidth) Quad {
+  T v[kWidth];
+};
+// Everything but the copies is read and written once a step: it should not push anything out of the L2 cache.
+__device__ inline Quad<float> load_once(const float* p) {
+  const float4 x = __ldcs(reinterpret_cast<const float4*>(p));
+  return {x.x, x.y, x.z, x.w};
+}
+__device__ inline Quad<bf16> load_once(const bf16* p) {
+  const uint2 x = __ldcs(reinterpret_cast<const uint2*>(p));
+  return *reinterpret_cast<const Quad<bf16>*>(&x);
+}
+__device__ inline void store_once(float* p, const Quad<float>& q) {
+  __stcs(reinterpret_cast<float4*>(p), make_float4(q.v[0], q.v[1], q.v[2], q.v[3]));
 }
 
-void update_all(Cuda, const std::vector<Slot>& slots, const Coefficients& c) {
+template <class G>
+__device__ void update_block(const Slot& s, int64_t from, const Coefficients& c) {
+  const G* g = static_cast<const G*>(s.g);
+  const uintptr_t odd = reinterpret_cast<uintptr_t>(s.w) | reinterpret_cast<uintptr_t>(s.m) |
+                        reinterpret_cast<uintptr_t>(s.v) | reinterpret_cast<uintptr_t>(s.copy) * 2 |
+                        reinterpret_cast<uintptr_t>(g) * (4 / sizeof(G));
+  if (from + kBlockElements > s.n || odd % 16 != 0) {
+    const int64_t to = min(from + kBlockElements, s.n);
+    for (int64_t i = from + threadIdx.x; i < to; i += kThreads) update<G>(s, i, c);
+    return;
+  }
+  Quad<float> w[kRounds], m[kRounds], v[kRounds];
+  Quad<G> gradient[kRounds];
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const int64_t i = from + (r * kThreads + threadIdx.x) * kWidth;
+    gradient[r] = load_once(g + i);
+    m[r] = load_once(s.m + i);
+    v[r] = load_once(s.v + i);
+    w[r] = load_once(s.w + i);
+  }
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const int64_t i = from + (r * kThreads + threadIdx.x) * kWidth;
+    Quad<bf16> copy;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      update(w[r].v[j], m[r].v[j], v[r].v[j], static_cast<float>(gradient[r].v[j]), c);
+      copy.v[j] = bf16(w[r].v[j]);
+    }
+    store_once(s.m + i, m[r]);
+    store_once(s.v + i, v[r]);
+    store_once(s.w + i, w[r]);
+    if (s.copy) *reinterpret_cast<Quad<bf16>*>(s.copy + i) = copy;
+  }
+}
+
+__global__ void adamw_begin(Progress* p, const UpdateState* state, AdamWOptions o, double learning_rate) {
+  begin(p, *state, o, learning_rate);
+}
+__global__ void __launch_bounds__(kThreads) adamw_update(const __grid_constant__ Batch batch, const Progress* p) {
+  if (!p->applies) return;
+  int low = 0, high = batch.count - 1;  // the last tensor whose first block is not after this one
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (batch.first_block[middle] <= static_cast<int>(blockIdx.x)) low = middle;
+    else high = middle - 1;
+  }
+  const Slot& s = batch.slots[low];
+  const int64_t from = (static_cast<int>(blockIdx.x) - batch.first_block[low]) * kBlockElements;
+  s.narrow ? update_block<bf16>(s, from, p->c) : update_block<float>(s, from, p->c);
+}
+
+void begin(Cuda, Progress* p, const UpdateState* state, const AdamWOptions& o, double learning_rate) {
+  launch_blocks(adamw_begin, dim3(1), 1, 0, p, state, o, learning_rate);
+}
+void update_all(Cuda, const std::vector<Slot>& slots, const Progress* p) {
   for (size_t from = 0; from < slots.size(); from += kSlots) {
-    Batch batch{};
-    const int count = static_cast<int>(std::min<size_t>(kSlots, slots.size() - from));
-    for (int t = 0; t < count; ++t) {
+    Batch batch;
+    batch.first_block[0] = 0;
+    batch.count = static_cast<int>(std::min<size_t>(kSlots, slots.size() - from));
+    for (int t = 0; t < batch.count; ++t) {
       batch.slots[t] = slots[from + t];
       batch.first_block[t + 1] =
           batch.first_block[t] + static_cast<int>((batch.slots[t].n + kBlockElements - 1) / kBlockElements);
     }
-    launch_blocks(adamw_update, dim3(batch.first_block[count]), 256, 0, batch, c);
+    launch_blocks(adamw_update, dim3(batch.first_block[batch.count]), kThreads, 0, batch, p);
   }
 }
 #endif
@@ -82,29 +178,44 @@ AdamW::AdamW(std::vector<Tensor> parameters, AdamWOptions options)
     m_.push_back(Tensor::zeros(p.shape(), DType::f32, p.device()));
     v_.push_back(Tensor::zeros(p.shape(), DType::f32, p.device()));
   }
+  static_assert(sizeof(Progress) % 4 == 0);
+  if (!parameters_.empty())
+    progress_ = Tensor::zeros({static_cast<int64_t>(sizeof(Progress) / 4)}, DType::i32, parameters_[0].device());
 }
 
-void AdamW::step(double learning_rate, double grad_scale) {
+void AdamW::step(double learning_rate, const UpdateState* state) {
   if (parameters_.empty()) return;
-  ++steps_;
   std::vector<Slot> slots;
   std::vector<Tensor> grads;  // alive until the work is queued
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    const Tensor& p = parameters_[i];
-    grads.push_back(p.grad());
-    check(static_cast<bool>(grads.back()), "AdamW: parameter {} of shape {} has no gradient", i, p.shape().str());
-    slots.push_back({p.data<float>(), grads.back().data<float>(), m_[i].data<float>(), v_[i].data<float>(), p.numel()});
+    const Tensor &p = parameters_[i], copy = kept_copy(p);
+    const Tensor& grad = grads.emplace_back(p.grad());
+    check(static_cast<bool>(grad), "AdamW: parameter {} of shape {} has no gradient", i, p.shape().str());
+    const bool narrow = grad.dtype() == DType::bf16;
+    check(narrow || grad.dtype() == DType::f32, "AdamW takes gradients in f32 or bf16, found {}", name_of(grad.dtype()));
+    slots.push_back({p.data<float>(), m_[i].data<float>(), v_[i].data<float>(), copy.data<bf16>(), grad.raw(),
+                     p.numel(), narrow});
   }
-  const double t = static_cast<double>(steps_);
-  const Coefficients c{static_cast<float>(grad_scale),
-                       static_cast<float>(options_.beta1),
-                       static_cast<float>(options_.beta2),
-                       static_cast<float>(options_.eps),
-                       static_cast<float>(1 - learning_rate * options_.weight_decay),
-                       static_cast<float>(learning_rate / (1 - std::pow(options_.beta1, t))),
-                       static_cast<float>(std::sqrt(1 - std::pow(options_.beta2, t)))};
-  on_device(parameters_[0].device(), [&](auto device) { update_all(device, slots, c); });
+  on_device(parameters_[0].device(), [&](auto device) {
+    auto* progress = static_cast<Progress*>(progress_.raw());
+    begin(device, progress, state, options_, learning_rate);
+    update_all(device, slots, progress);
+  });
   queued("adamw");
+}
+
+void AdamW::step(double learning_rate, double grad_scale) {
+  if (!parameters_.empty()) step(learning_rate, state_in(known_state(parameters_[0].device(), grad_scale)));
+}
+
+int64_t AdamW::steps() const {
+  int64_t steps = 0;
+  if (progress_) copy_bytes(&steps, Device::cpu, progress_.raw(), progress_.device(), sizeof steps);
+  return steps;
+}
+
+void AdamW::set_steps(int64_t steps) {
+  if (progress_) copy_bytes(progress_.raw(), progress_.device(), &steps, Device::cpu, sizeof steps);
 }
 
 }  // namespace weft

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "engine/optim/clip.h"
 #include "engine/tensor.h"
 
 namespace weft {
@@ -13,19 +14,22 @@ struct AdamWOptions {
 class AdamW {
  public:
   explicit AdamW(std::vector<Tensor> parameters, AdamWOptions options = {});  // f32 leaves
-  // One update from the leaves' gradients times `grad_scale` (the clipping factor). Every leaf must have a gradient.
+  // Queues one update from the leaves' gradients (f32 or bf16; every leaf must have one), with the state's factors; none
+  // where the state says that not all is finite. Writes the leaves' bf16 copies too.
+  void step(double learning_rate, const UpdateState* state);
+  // The same with a state that the host knows: gradients times `grad_scale`.
   void step(double learning_rate, double grad_scale = 1);
 
   // What a checkpoint keeps: both averages, and how many steps they hold.
   const std::vector<Tensor>& averages() const { return m_; }
   const std::vector<Tensor>& square_averages() const { return v_; }
-  int64_t steps() const { return steps_; }
-  void set_steps(int64_t steps) { steps_ = steps; }
+  int64_t steps() const;  // waits for the device
+  void set_steps(int64_t steps);
 
  private:
   std::vector<Tensor> parameters_, m_, v_;
   AdamWOptions options_;
-  int64_t steps_ = 0;
+  Tensor progress_;  // on the device: the steps so far, and the coefficients of the step at hand
 };
 
 }  // namespace weft

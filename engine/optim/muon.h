@@ -3,6 +3,7 @@
 #pragma once
 #include <vector>
 
+#include "engine/optim/clip.h"
 #include "engine/tensor.h"
 
 namespace weft {
@@ -15,7 +16,10 @@ struct MuonOptions {
 class Muon {
  public:
   explicit Muon(std::vector<Tensor> parameters, MuonOptions options = {});  // f32 leaves of rank 2 or 3
-  // One update from the leaves' gradients times `grad_scale` (the clipping factor). Every leaf must have a gradient.
+  // Queues one update from the leaves' gradients (f32 or bf16; every leaf must have one), with the state's factors; none
+  // where the state says that not all is finite. Writes the leaves' bf16 copies too.
+  void step(double learning_rate, const UpdateState* state);
+  // The same with a state that the host knows: gradients times `grad_scale`.
   void step(double learning_rate, double grad_scale = 1);
 
   const std::vector<Tensor>& momentum() const { return momentum_; }  // what a checkpoint keeps
@@ -26,7 +30,8 @@ class Muon {
   std::vector<std::vector<size_t>> groups_;  // parameters of equal matrix shape, orthogonalized together
 };
 
-// The Newton-Schulz iteration: matrices [n, R, C] with a norm of at most 1 -> nearly orthogonal ones.
-Tensor orthogonalized(Tensor x);
+// The Newton-Schulz iteration: matrices [n, R, C] -> nearly orthogonal ones. Each times its factor (f32 [n]; none: 1) must
+// have a norm of at most 1, and by itself one below 1e9.
+Tensor orthogonalized(Tensor x, const Tensor& factors = {});
 
 }  // namespace weft
