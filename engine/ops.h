@@ -15,7 +15,7 @@ Tensor mul(const Tensor& a, const Tensor& b);  // a * b, same shape
 Tensor scale(const Tensor& x, double s);       // s * x
 Tensor silu(const Tensor& x);                  // x / (1 + exp(-x))
 Tensor cast(const Tensor& x, DType dtype);     // x in another floating dtype; x itself when it is that already
-// x / (1-p) where kept, else 0; element i is kept where random_bits(key, i) < keep_threshold(p). The mask is drawn
+// x / (1-p) where Mask(key, p) of engine/random.h keeps an element, else 0; p is rounded to 2^-16. The mask is drawn
 // again in the gradient. p = 0 gives x itself.
 Tensor dropout(const Tensor& x, double p, RngKey key);
 Tensor silu_dropout(const Tensor& x, double p, RngKey key);  // dropout(silu(x), p, key)

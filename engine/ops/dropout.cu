@@ -1,4 +1,4 @@
-// y = x / (1 - p) where random_bits(key, i) < keep_threshold(p), else 0; dx = the same of dy.
+// y = x / (1 - p) where Mask(key, p) keeps it, else 0; dx = the same of dy.
 #include "engine/ops.h"
 #include "engine/ops/masked.h"
 
@@ -12,11 +12,12 @@ struct Dropped {
 };
 
 Tensor dropped(const Tensor& x, double p, RngKey key) {
+  const Mask mask(key, p);
   Tensor y = Tensor::like(x);
   on_device(x.device(), [&](auto device) {
     dispatch(device, x.dtype(), [&]<class T>() {
       using A = acc_t<T>;
-      map_masked(device, x.numel(), Mask(key, p), Dropped<A>{A(1 / (1 - p))}, y.data<T>(), x.data<T>());
+      map_masked(device, x.numel(), mask, Dropped<A>{A(mask.scale())}, y.data<T>(), x.data<T>());
     });
   });
   return y;

@@ -31,7 +31,7 @@ template <class T, class W, class A = acc_t<T>>
 void forward(Cpu, const Before& before, const T* residual, const T* x, const W* w, T* sum, T* y, A* r, Size size,
              double eps) {
   const int64_t d = size.d;
-  const A keep_scale = A(1 / (1 - before.p));
+  const A keep_scale = A(before.mask.scale());
   parallel_for(size.rows, std::max<int64_t>(1, 4096 / (d + 1)), [=](int64_t from, int64_t to) {
     MaskReader kept(before.mask);
     for (int64_t row = from; row < to; ++row) {
@@ -64,7 +64,7 @@ void backward(Cpu, const Before& before, const T* s, const W* w, const A* r, con
       for (int64_t i = from; i < to; ++i) dw[i] = W(sums[static_cast<size_t>(i - from)]);
     });
   if (!dresidual && !dx) return;
-  const A keep_scale = A(1 / (1 - before.p));
+  const A keep_scale = A(before.mask.scale());
   parallel_for(size.rows, std::max<int64_t>(1, 4096 / (d + 1)), [=](int64_t from, int64_t to) {
     MaskReader kept(before.mask);
     for (int64_t row = from; row < to; ++row) {
@@ -143,9 +143,9 @@ __global__ void __launch_bounds__(kForwardThreads<kWarps>)
     // Drawn while the loads are under way.
     uint32_t kept[kPacks] = {};
     if (before.p > 0) {
-      const RngKey key = before.mask.key.at_step();
+      before.mask.key = before.mask.key.at_step();
 #pragma unroll
-      for (int p = 0; p < kPacks; ++p) kept[p] = kept_bits<kN, kWhole>(key, before.mask.threshold, at + p * kStep);
+      for (int p = 0; p < kPacks; ++p) kept[p] = kept_bits<kWhole>(before.mask, at + p * kStep);
     }
     float v[kPacks][kN] = {};
     for (int64_t k = 0; k < before.chosen; ++k) {
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kBackwardThreads<kWarps>)
   constexpr int kLanes = kWarps * 32, kStep = kLanes * kN, kTeams = kBackwardThreads<kWarps> / kLanes;
   const int lane = threadIdx.x % kLanes, column = lane * kN;
   const int64_t left = size.d - column;
-  const RngKey key = before.mask.key.at_step();
+  before.mask.key = before.mask.key.at_step();
   const bool drops = dx && before.p > 0;
   float dw[kPacks][kN] = {};
   for (int64_t row = blockIdx.x * int64_t{kTeams} + threadIdx.x / kLanes; row < size.rows;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kBackwardThreads<kWarps>)
     uint32_t kept[kPacks] = {};
     if (drops) {
 #pragma unroll
-      for (int p = 0; p < kPacks; ++p) kept[p] = kept_bits<kN, kWhole>(key, before.mask.threshold, at + p * kStep);
+      for (int p = 0; p < kPacks; ++p) kept[p] = kept_bits<kWhole>(before.mask, at + p * kStep);
     }
     float dot = 0;
 #pragma unroll
@@ -310,7 +310,7 @@ void forward(Cuda, const Before& before, const T* residual, const T* x, const W*
   dispatch_width(size.d, {residual, x, w, sum, y}, [&]<int kPacks, int kWarps, bool kWhole>() {
     constexpr int kThreads = kForwardThreads<kWarps>, kTeams = kThreads / 32 / kWarps;
     launch_blocks(norm_forward<T, W, kPacks, kWarps, kWhole>, static_cast<unsigned>((size.rows + kTeams - 1) / kTeams), kThreads,
-                  0, before, static_cast<float>(1 / (1 - before.p)), residual, x, w, sum, y, r, size,
+                  0, before, static_cast<float>(before.mask.scale()), residual, x, w, sum, y, r, size,
                   static_cast<float>(eps));
   });
 }
@@ -324,7 +324,7 @@ void backward(Cuda, const Before& before, const T* s, const W* w, const float* r
     Tensor partial;
     if (dw) partial = Tensor::empty({blocks, size.d}, DType::f32, Device::cuda);
     launch_blocks(norm_backward<T, W, kPacks, kWarps, kWhole>, static_cast<unsigned>(blocks), kThreads, 0, before,
-                  static_cast<float>(1 / (1 - before.p)), s, w, r, dsum, dy, dresidual, dx, partial.data<float>(), size);
+                  static_cast<float>(before.mask.scale()), s, w, r, dsum, dy, dresidual, dx, partial.data<float>(), size);
     if (dw)
       launch_blocks(norm_total_w<W>, static_cast<unsigned>((size.d + 31) / 32), kTotalWarps * 32, 0,
                     static_cast<const float*>(partial.data<float>()), dw, blocks, size.d);

@@ -28,7 +28,7 @@ Tensor silu_dropout(const Tensor& x, double p, RngKey key) {
   check(p >= 0 && p < 1, "silu_dropout's probability must be in [0, 1), found {}", p);
   if (p == 0) return silu(x);
   const Mask mask(key, p);
-  const double scale = 1 / (1 - p);
+  const double scale = mask.scale();
   Tensor y = Tensor::like(x);
   on_device(x.device(), [&](auto device) {
     dispatch(device, x.dtype(), [&]<class T>() {

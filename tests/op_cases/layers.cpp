@@ -18,8 +18,10 @@ Tensor made(const Shape& shape, const F& f) {
 
 Tensor dropout_loops(const Tensor& x, double p) {
   const float* v = x.data<float>();
+  const Mask mask(kKey, p);
   return made(x.shape(), [=](int64_t i) {
-    return random_bits(kKey, static_cast<uint64_t>(i)) < keep_threshold(p) ? v[i] / (1 - p) : 0.0;
+    const uint32_t word = philox<7>(kKey, static_cast<uint64_t>(i / 8)).v[i % 8 / 2];
+    return (i % 2 ? word >> 16 : word & 0xffffu) < mask.threshold ? v[i] * mask.scale() : 0.0;
   });
 }
 
