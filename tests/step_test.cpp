@@ -98,7 +98,53 @@ TEST_CASE("results may be taken late, and say which step they are of") {
   }
 }
 
+namespace {
+
+// One weight becomes infinite between two steps, and more steps are queued before the results of the first are taken.
+void check_nothing_is_applied_from_infinity(Device device) {
+  const Recipe recipe = tiny(device, DType::f32, 1);
+  Params params;
+  const Transformer model(recipe.config("baseline"), Scope(params, device, 3));
+  TrainingStep step(model, params, recipe, 42);
+  const auto one = [&](uint64_t number) {
+    step.micro_batch(batch_of(recipe, recipe.model.vocab_size, number));
+    step.update(1);
+  };
+  for (uint64_t s = 0; s < 3; ++s) {
+    one(s);
+    step.take();
+  }
+  const Parameter& last = *params.find("norm.weight");
+  fill(last.value.rows(0, 1), std::numeric_limits<double>::infinity());
+  const auto values = [&] {
+    std::vector<std::vector<float>> all;
+    for (const Parameter& p : params.list()) all.push_back(p.value.to_vector<float>());
+    return all;
+  };
+  const auto before = values();
+  one(3), one(4);
+  try {
+    step.take();
+    FAIL("nothing was thrown");
+  } catch (const Error& e) {
+    CHECK(e.fault() == Fault::nonfinite);
+    CAPTURE(e.what());
+    CHECK(std::string(e.what()).find("micro-step 3: the loss is") != std::string::npos);
+    CHECK(std::string(e.what()).find("no update was applied") != std::string::npos);
+  }
+  CHECK(values() == before);
+}
+
+}  // namespace
+
+TEST_CASE("from what is not finite nothing is applied, nor from later steps") {
+  check_nothing_is_applied_from_infinity(Device::cpu);
+}
+
 TEST_SUITE("cuda") {
+  TEST_CASE("from what is not finite nothing is applied, nor from later steps, captured") {
+    check_nothing_is_applied_from_infinity(Device::cuda);
+  }
   TEST_CASE("captured steps train as eager ones do, bit for bit") {
     for (const char* name : {"baseline", "lora", "enhanced"})
       for (const DType precision : {DType::f32, DType::bf16})

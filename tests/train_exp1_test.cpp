@@ -263,6 +263,31 @@ TEST_SUITE("cuda") {
     for (size_t i = 0; i < runs[0].size(); ++i)
       CHECK(runs[0][i]["val_loss"].get<double>() == doctest::Approx(runs[1][i]["val_loss"].get<double>()).epsilon(1e-3));
   }
+  TEST_CASE("a run with captured steps writes what a run with eager ones writes") {
+    const Scratch scratch;
+    std::vector<std::vector<Json>> points;
+    for (const char* graphs : {"0", "1"}) {
+      const std::string out = scratch / graphs;
+      const Answer answer = run(std::string("--preset tiny --device cuda --configs baseline --steps 11 --set graphs=") +
+                                graphs + " --out " + out);
+      REQUIRE_MESSAGE(answer.code == 0, answer.text);
+      std::ifstream in(out + "/metrics.jsonl");
+      std::vector<Json>& of_run = points.emplace_back();
+      for (std::string line; std::getline(in, line);) of_run.push_back(Json::parse(line));
+    }
+    REQUIRE(points[0].size() == points[1].size());
+    for (size_t i = 0; i < points[0].size(); ++i)
+      for (const auto& [key, value] : points[0][i].items()) {
+        CAPTURE(key);
+        const Json& other = points[1][i].at(key);
+        if (key == "seconds" || key == "memory_gb") continue;
+        // In two processes the matrix products may use different algorithms.
+        if (value.is_number_float())
+          CHECK(value.get<double>() == doctest::Approx(other.get<double>()).epsilon(0.02));
+        else
+          CHECK(value == other);
+      }
+  }
   TEST_CASE("a GPU memory limit that is too small is an error that explains itself") {
     const Scratch scratch;
     const Answer answer = run("--preset tiny --device cuda --memory-limit 0.001 --out " + (scratch / "run"));

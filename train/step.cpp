@@ -12,10 +12,11 @@ namespace weft {
 struct TrainingStep::Record {
   explicit Record(const Recipe& r)
       : begin(r.device), backward_done(r.device), end(r.device),
-        losses(r.accumulate * static_cast<int64_t>(sizeof(float)), r.device) {}
+        losses(r.accumulate * static_cast<int64_t>(sizeof(float)), r.device), state(sizeof(UpdateState), r.device) {}
   StepResult known;
   Mark begin, backward_done, end;
   Staging losses;  // f32 [accumulate]
+  Staging state;   // an UpdateState
 };
 
 // Work that is the same in every step.
@@ -27,7 +28,8 @@ struct TrainingStep::Piece {
 };
 
 TrainingStep::TrainingStep(const Transformer& model, const Params& params, const Recipe& recipe, uint64_t seed)
-    : model_(model), params_(params), recipe_(recipe), seed_(seed), input_(recipe.batch, recipe.seq, recipe.device) {
+    : model_(model), params_(params), recipe_(recipe), seed_(seed), clip_(params.all(), recipe.clip_norm),
+      input_(recipe.batch, recipe.seq, recipe.device) {
   if (recipe.muon)
     muon_.emplace(params.of({Kind::matrix}), MuonOptions{.momentum = recipe.momentum, .compute = recipe.precision});
   adamw_.emplace(recipe.muon ? params.of({Kind::vector, Kind::embedding}) : params.all(),
@@ -89,27 +91,16 @@ void TrainingStep::update(double rate_factor) {
   check(micro_in_step_ > 0, "an update without a micro-batch before it");
   Record& record = *records_[static_cast<size_t>(step_ % kInFlight)];
   record.backward_done.set();
-  std::vector<Tensor> gradients;
-  for (const Parameter& p : params_.list()) gradients.push_back(p.value.grad());
-  const double norm = std::sqrt(squared_norm(gradients).item());
-  for (int64_t i = 0; i < micro_in_step_; ++i)
-    if (const float loss = record.losses.at<float>()[i]; !std::isfinite(loss))
-      fail(Fault::nonfinite, "micro-step {}: the loss is {}; no update was applied from it",
-           record.known.first_micro_step + i, loss);
-  if (!std::isfinite(norm)) {
-    for (const Parameter& p : params_.list())
-      if (!std::isfinite(squared_norm({p.value.grad()}).item()))
-        fail(Fault::nonfinite, "optimizer step {}: the gradient of {} is not finite; no update was applied from it",
-             step_, p.name);
-    fail(Fault::nonfinite, "optimizer step {}: the global gradient norm overflows; no update was applied from it",
-         step_);
-  }
-  const double scale = std::min(1.0, recipe_.clip_norm / (norm + 1e-6));
-  if (muon_) muon_->step(recipe_.muon_lr * rate_factor, scale);
-  adamw_->step(recipe_.adamw_lr * rate_factor, scale);
-  if (!pool_ || step_ == 0) params_.clear_grads();
+  clip_.set_rate_factor(rate_factor);
+  run(*update_, [this] {
+    clip_.measure();
+    if (muon_) muon_->step(recipe_.muon_lr, clip_.state());
+    adamw_->step(recipe_.adamw_lr, clip_.state());
+  });
+  queue_copy(record.state.at(), clip_.state(), sizeof(UpdateState), recipe_.device);
   record.end.set();
-  record.known.gradient_norm = norm;
+  // Captured micro-batches find the gradients of the step that was captured.
+  if (!pool_ || step_ == 0) params_.clear_grads();
   record.known.rate_factor = rate_factor;
   record.known.losses.resize(static_cast<size_t>(micro_in_step_));
   micro_in_step_ = 0;
@@ -121,7 +112,20 @@ StepResult TrainingStep::take() {
   Record& record = *records_[static_cast<size_t>(taken_++ % kInFlight)];
   record.end.wait();
   StepResult result = record.known;
-  for (size_t i = 0; i < result.losses.size(); ++i) result.losses[i] = record.losses.at<float>()[i];
+  const UpdateState& state = *record.state.at<UpdateState>();
+  const char* const kept = state.finite ? "its gradient is finite" : "no update was applied from it";
+  for (size_t i = 0; i < result.losses.size(); ++i) {
+    result.losses[i] = record.losses.at<float>()[i];
+    if (!std::isfinite(result.losses[i]))
+      fail(Fault::nonfinite, "micro-step {}: the loss is {}; {}", result.first_micro_step + static_cast<int64_t>(i),
+           result.losses[i], kept);
+  }
+  if (!state.finite && state.parameter >= 0)
+    fail(Fault::nonfinite, "optimizer step {}: the gradient of {} is not finite; {}", result.step,
+         params_.list()[static_cast<size_t>(state.parameter)].name, kept);
+  if (!state.finite)
+    fail(Fault::nonfinite, "optimizer step {}: the global gradient norm overflows; {}", result.step, kept);
+  result.gradient_norm = state.norm;
   result.micro_ms = record.backward_done.milliseconds_since(record.begin) / static_cast<double>(result.losses.size());
   result.update_ms = record.end.milliseconds_since(record.backward_done);
   return result;

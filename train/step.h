@@ -15,6 +15,7 @@
 
 #include "engine/allocator.h"
 #include "engine/optim/adamw.h"
+#include "engine/optim/clip.h"
 #include "engine/optim/muon.h"
 #include "engine/queue.h"
 #include "model/transformer.h"
@@ -63,6 +64,7 @@ class TrainingStep {
   const Params& params_;
   Recipe recipe_;
   uint64_t seed_;
+  GradientClip clip_;
   std::optional<Muon> muon_;
   std::optional<AdamW> adamw_;
   BatchInput input_;
