@@ -1,10 +1,13 @@
-// The optimizers and the table of schedules.
+// The optimizers, clipping, the copies and gradients of the leaves they work on, and the table of schedules.
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <limits>
 
+#include "engine/allocator.h"
 #include "engine/ops.h"
 #include "engine/optim/adamw.h"
+#include "engine/optim/clip.h"
 #include "engine/optim/muon.h"
 #include "engine/optim/schedule.h"
 
@@ -48,6 +51,109 @@ Tensor muon_update(const Tensor& grad, MuonOptions options = {}, double grad_sca
   return scale(w.detached(), -1);
 }
 
+// A leaf with a bf16 copy whose gradient is `grad`, as an op in bf16 gives it.
+Tensor leaf_with_narrow_grad(const Tensor& value, const Tensor& grad, GradientSums sums = GradientSums::as_given) {
+  const Tensor w = leaf(value);
+  keep_copy(w, DType::bf16, sums);
+  backward(sum(mul(cast(w, DType::bf16), cast(grad, DType::bf16))));
+  return w;
+}
+
+void check_copy_is_current(const Tensor& w) {
+  const std::vector<float> values = w.to_vector<float>();
+  const std::vector<bf16> copies = kept_copy(w).to_vector<bf16>();
+  int64_t stale = 0;
+  for (size_t i = 0; i < values.size(); ++i) stale += bf16(values[i]).bits != copies[i].bits;
+  CHECK(stale == 0);
+}
+
+void check_adamw_in_bf16(Device device) {
+  for (const GradientSums sums : {GradientSums::as_given, GradientSums::own}) {
+    std::vector<Tensor> leaves, references;
+    for (const int64_t n : {1, 7, 2048, 4100, 100'000}) {
+      const Tensor value = random_tensor({n}, 100 + n, device), grad = random_tensor({n}, 300 + n, device);
+      leaves.push_back(leaf_with_narrow_grad(value, grad, sums));
+      CHECK(leaves.back().grad().dtype() == (sums == GradientSums::own ? DType::f32 : DType::bf16));
+      references.push_back(leaf_with_grad(random_tensor({n}, 100 + n, device), cast(cast(grad, DType::bf16), DType::f32)));
+    }
+    AdamW adamw(leaves), reference(references);
+    for (int step = 0; step < 3; ++step) adamw.step(0.01, 0.5), reference.step(0.01, 0.5);
+    for (size_t i = 0; i < leaves.size(); ++i) {
+      CHECK(largest_difference(leaves[i], references[i]) <= 3 * std::ldexp(8, -24));
+      check_copy_is_current(leaves[i]);
+      CHECK(cast(leaves[i], DType::bf16).raw() == kept_copy(leaves[i]).raw());
+    }
+  }
+}
+
+void check_muon_in_bf16(Device device) {
+  for (const Shape& shape : {Shape{8, 40}, Shape{5, 7}, Shape{3, 64, 128}}) {
+    const Tensor value = random_tensor(shape, 8, device), grad = random_tensor(shape, 9, device);
+    const Tensor w = leaf_with_narrow_grad(value, grad);
+    const Tensor reference = leaf_with_grad(random_tensor(shape, 8, device), cast(cast(grad, DType::bf16), DType::f32));
+    Muon muon({w}), of_reference({reference});
+    for (int step = 0; step < 2; ++step) muon.step(0.1, 0.5), of_reference.step(0.1, 0.5);
+    CHECK(largest_difference(w, reference) < 1e-6);
+    check_copy_is_current(w);
+  }
+}
+
+void check_clipping(Device device) {
+  std::vector<Tensor> leaves, gradients;
+  for (const int64_t n : {3, 70'000, 768, 200'000}) {
+    const Tensor value = random_tensor({n}, 1, device), grad = random_tensor({n}, 2 + n, device);
+    leaves.push_back(n == 768 ? leaf_with_grad(value, grad) : leaf_with_narrow_grad(value, grad));
+    gradients.push_back(leaves.back().grad());
+  }
+  const double norm = std::sqrt(squared_norm(gradients).item());
+  GradientClip loose(leaves, 1e6), clip(leaves, 2);
+  loose.measure(), clip.measure();
+  CHECK(loose.read().norm == doctest::Approx(norm).epsilon(1e-6));
+  CHECK(loose.read().grad_scale == 1);
+  CHECK(clip.read().grad_scale == doctest::Approx(2 / (norm + 1e-6)).epsilon(1e-6));
+  CHECK(clip.read().finite == 1);
+  CHECK(clip.read().parameter == -1);
+
+  // The update is that of the factors given by hand.
+  std::vector<Tensor> references;
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    const Tensor own = Tensor::like(leaves[i]);
+    copy_into(own, leaves[i].detached());
+    references.push_back(leaf_with_grad(own, cast(gradients[i], DType::f32)));
+  }
+  AdamW adamw(leaves), reference(references);
+  clip.set_rate_factor(0.25);
+  for (int step = 0; step < 2; ++step) {
+    if (step > 0) clip.measure();
+    adamw.step(0.04, clip.state());
+    reference.step(0.01, static_cast<double>(clip.read().grad_scale));
+  }
+  for (size_t i = 0; i < leaves.size(); ++i) CHECK(largest_difference(leaves[i], references[i]) <= 3 * std::ldexp(8, -24));
+
+  // From the first gradient that is not finite on, nothing changes.
+  const auto values = [&] {
+    std::vector<std::vector<float>> all;
+    for (const Tensor& w : leaves) all.push_back(w.to_vector<float>());
+    return all;
+  };
+  const auto before = values();
+  fill(gradients[1].rows(69'999, 70'000), std::numeric_limits<double>::infinity());
+  fill(gradients[3].rows(0, 1), std::numeric_limits<double>::quiet_NaN());
+  clip.measure();
+  CHECK(clip.read().finite == 0);
+  CHECK(clip.read().parameter == 1);
+  CHECK(clip.read().step == 2);
+  adamw.step(0.04, clip.state());
+  for (const Tensor& g : gradients) fill(g, 0.5);
+  clip.measure();
+  adamw.step(0.04, clip.state());
+  CHECK(values() == before);
+  CHECK(adamw.steps() == 2);
+  CHECK(clip.read().finite == 0);
+  CHECK(clip.read().parameter == 1);
+  CHECK(clip.read().step == 2);
+}
+
 void check_same_on_gpu(const Shape& shape, DType compute, double tolerance) {
   const Tensor grad = random_tensor(shape, 3);
   const Tensor expected = muon_update(grad);
@@ -84,6 +190,65 @@ TEST_CASE("AdamW follows its formula") {
     }
     CHECK(worst < 1e-5);
   }
+}
+
+TEST_CASE("AdamW takes bf16 gradients and writes bf16 copies") { check_adamw_in_bf16(Device::cpu); }
+TEST_CASE("Muon takes bf16 gradients and writes bf16 copies") { check_muon_in_bf16(Device::cpu); }
+TEST_CASE("clipping measures the gradients and stops at what is not finite") { check_clipping(Device::cpu); }
+
+TEST_CASE("a leaf's gradient shares memory with nothing else") {
+  const Tensor value = random_tensor({64}, 1);
+  const auto gives = [](const Tensor& w, const Tensor& dw) {  // an op whose gradient is dw, whatever arrives
+    return record("gives", Tensor::zeros({}, DType::f32, Device::cpu), {w}, [dw](const Tensor&) -> Gradients { return {dw}; });
+  };
+  SUBCASE("one gradient for two leaves") {
+    const Tensor a = leaf(value), b = leaf(value);
+    backward(sum(add(a, b)));
+    CHECK(a.grad().raw() != b.grad().raw());
+  }
+  SUBCASE("a gradient that someone holds") {
+    const Tensor w = leaf(value), held = random_tensor({64}, 2);
+    const std::vector<float> values = held.to_vector<float>();
+    backward(gives(w, held));
+    CHECK(w.grad().raw() != held.raw());
+    backward(gives(w, held));
+    CHECK(held.to_vector<float>() == values);
+    CHECK(largest_difference(w.grad(), scale(held, 2)) == 0);
+  }
+  SUBCASE("a gradient that no one else holds is taken as it is") {
+    const Tensor w = leaf(value);
+    Tensor fresh = random_tensor({64}, 2);
+    const void* const memory = fresh.raw();
+    const Tensor loss = gives(w, fresh);
+    fresh = {};
+    backward(loss);
+    CHECK(w.grad().raw() == memory);
+  }
+}
+
+TEST_CASE("gradients of a leaf that is used in two dtypes add up") {
+  for (const GradientSums sums : {GradientSums::as_given, GradientSums::own}) {
+    const Tensor w = leaf(random_tensor({64}, 1)), a = random_tensor({64}, 2), b = random_tensor({64}, 3);
+    keep_copy(w, DType::bf16, sums);
+    const Tensor wide = sum(mul(w, a)), narrow = cast(sum(mul(cast(w, DType::bf16), cast(b, DType::bf16))), DType::f32);
+    backward(add(wide, narrow));
+    CHECK(largest_difference(cast(w.grad(), DType::f32), add(a, b)) < 0.05);
+  }
+}
+
+TEST_CASE("gradients count as gradients of their layer in memory reports") {
+  const auto held = [] { return allocator(Device::cpu).stats().current[static_cast<int>(Category::gradient)]; };
+  const int64_t before = held();
+  Tensor w;
+  {
+    const MemoryScope memory(Category::parameter, "a layer");
+    w = leaf(random_tensor({1024}, 1));
+  }
+  allocator(Device::cpu).reset_peaks();
+  backward(sum(mul(w, random_tensor({1024}, 2))));
+  CHECK(held() - before == 4096);
+  w.clear_grad();
+  CHECK(held() == before);
 }
 
 TEST_CASE("an optimizer says which parameter has no gradient") {
@@ -151,6 +316,11 @@ TEST_CASE("schedules") {
 }
 
 TEST_SUITE("cuda") {
+  TEST_CASE("AdamW takes bf16 gradients and writes bf16 copies on the GPU") { check_adamw_in_bf16(Device::cuda); }
+  TEST_CASE("Muon takes bf16 gradients and writes bf16 copies on the GPU") { check_muon_in_bf16(Device::cuda); }
+  TEST_CASE("clipping measures the gradients and stops at what is not finite on the GPU") {
+    check_clipping(Device::cuda);
+  }
   TEST_CASE("Muon on the GPU is Muon on the CPU") {
     for (const Shape& shape : {Shape{8, 40}, Shape{40, 8}, Shape{300, 300}, Shape{3, 64, 128}}) {
       check_same_on_gpu(shape, DType::f32, 1e-4);
