@@ -85,17 +85,9 @@ template <class T>
 struct alignas(sizeof(T) * kWidth) Quad {
   T v[kWidth];
 };
-// Everything but the copies is read and written once a step: it should not push anything out of the L2 cache.
-__device__ inline Quad<float> load_once(const float* p) {
-  const float4 x = __ldcs(reinterpret_cast<const float4*>(p));
-  return {x.x, x.y, x.z, x.w};
-}
-__device__ inline Quad<bf16> load_once(const bf16* p) {
-  const uint2 x = __ldcs(reinterpret_cast<const uint2*>(p));
-  return *reinterpret_cast<const Quad<bf16>*>(&x);
-}
-__device__ inline void store_once(float* p, const Quad<float>& q) {
-  __stcs(reinterpret_cast<float4*>(p), make_float4(q.v[0], q.v[1], q.v[2], q.v[3]));
+template <class T>
+__device__ inline Quad<T>& quad(T* p, int64_t i) {
+  return *reinterpret_cast<Quad<T>*>(p + i);
 }
 
 template <class G>
@@ -114,10 +106,10 @@ __device__ void update_block(const Slot& s, int64_t from, const Coefficients& c)
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     const int64_t i = from + (r * kThreads + threadIdx.x) * kWidth;
-    gradient[r] = load_once(g + i);
-    m[r] = load_once(s.m + i);
-    v[r] = load_once(s.v + i);
-    w[r] = load_once(s.w + i);
+    gradient[r] = *reinterpret_cast<const Quad<G>*>(g + i);
+    m[r] = quad(s.m, i);
+    v[r] = quad(s.v, i);
+    w[r] = quad(s.w, i);
   }
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
@@ -128,10 +120,10 @@ __device__ void update_block(const Slot& s, int64_t from, const Coefficients& c)
       update(w[r].v[j], m[r].v[j], v[r].v[j], static_cast<float>(gradient[r].v[j]), c);
       copy.v[j] = bf16(w[r].v[j]);
     }
-    store_once(s.m + i, m[r]);
-    store_once(s.v + i, v[r]);
-    store_once(s.w + i, w[r]);
-    if (s.copy) *reinterpret_cast<Quad<bf16>*>(s.copy + i) = copy;
+    quad(s.m, i) = m[r];
+    quad(s.v, i) = v[r];
+    quad(s.w, i) = w[r];
+    if (s.copy) quad(s.copy, i) = copy;
   }
 }
 
@@ -140,14 +132,15 @@ __global__ void adamw_begin(Progress* p, const UpdateState* state, AdamWOptions 
 }
 __global__ void __launch_bounds__(kThreads) adamw_update(const __grid_constant__ Batch batch, const Progress* p) {
   if (!p->applies) return;
+  const int block = static_cast<int>(blockIdx.x);
   int low = 0, high = batch.count - 1;  // the last tensor whose first block is not after this one
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (batch.first_block[middle] <= static_cast<int>(blockIdx.x)) low = middle;
+    if (batch.first_block[middle] <= block) low = middle;
     else high = middle - 1;
   }
   const Slot& s = batch.slots[low];
-  const int64_t from = (static_cast<int>(blockIdx.x) - batch.first_block[low]) * kBlockElements;
+  const int64_t from = (block - batch.first_block[low]) * kBlockElements;
   s.narrow ? update_block<bf16>(s, from, p->c) : update_block<float>(s, from, p->c);
 }
 

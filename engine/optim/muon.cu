@@ -23,7 +23,9 @@ namespace {
 constexpr int kSteps = 5;
 constexpr float kA = 3.4445f, kB = -4.7750f, kC = 2.0315f;
 constexpr float kNormEps = 1e-7f;
-constexpr int64_t kGroupElements = int64_t{1} << 28;  // of the matrices that are orthogonalized together
+// Of the matrices that are orthogonalized together: 16 of 768 x 3072 at once ran at 648 TFLOP/s on an H200, 8 at 594,
+// 80 at 613.
+constexpr int64_t kGroupElements = 40'000'000;
 
 struct Sizes {
   int64_t matrices, rows, cols;
