@@ -137,11 +137,47 @@ void check_nothing_is_applied_from_infinity(Device device) {
 
 }  // namespace
 
+namespace {
+
+// A step's micro-batches read their number where they draw: the same as keys that hold the number.
+void check_masks_follow_the_number(Device device, DType precision) {
+  for (const char* name : {"baseline", "lora", "enhanced"}) {
+    CAPTURE(name);
+    CAPTURE(name_of(precision));
+    const Recipe recipe = tiny(device, precision, 3);
+    const Config config = recipe.config(name);
+    Params params, other_params;
+    const Transformer model(config, Scope(params, device, 3)), other(config, Scope(other_params, device, 3));
+    TrainingStep step(model, params, recipe, 42);
+    if (precision == DType::bf16) other_params.keep_copies(precision, GradientSums::own);
+    for (uint64_t n = 0; n < 3; ++n) {
+      const Batch batch = batch_of(recipe, config.vocab_size, 0);
+      step.micro_batch(batch);
+      Rng rng(42, n);
+      const auto ids = [&](const std::vector<int32_t>& v) { return Tensor::from(v, {batch.batch, batch.seq}, device); };
+      const Loss loss = other.loss(ids(batch.tokens), ids(batch.targets),
+                                   {.training = true, .rng = &rng, .compute = precision});
+      backward(scale(loss.total, 1.0 / 3));
+    }
+    for (size_t i = 0; i < params.list().size(); ++i) {
+      CAPTURE(params.list()[i].name);
+      CHECK(params.list()[i].value.grad().to_vector<float>() == other_params.list()[i].value.grad().to_vector<float>());
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a micro-batch's masks follow from its number") { check_masks_follow_the_number(Device::cpu, DType::f32); }
+
 TEST_CASE("from what is not finite nothing is applied, nor from later steps") {
   check_nothing_is_applied_from_infinity(Device::cpu);
 }
 
 TEST_SUITE("cuda") {
+  TEST_CASE("a micro-batch's masks follow from its number on the GPU") {
+    for (const DType precision : {DType::f32, DType::bf16}) check_masks_follow_the_number(Device::cuda, precision);
+  }
   TEST_CASE("from what is not finite nothing is applied, nor from later steps, captured") {
     check_nothing_is_applied_from_infinity(Device::cuda);
   }

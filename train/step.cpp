@@ -24,6 +24,9 @@ struct TrainingStep::Piece {
   bool ran = false;
 #if WEFT_CUDA
   Graph graph;
+  bool captured() const { return static_cast<bool>(graph); }
+#else
+  bool captured() const { return false; }
 #endif
 };
 
@@ -50,7 +53,11 @@ void TrainingStep::run(Piece& piece, const std::function<void()>& work) {
   if (pool_ && step_ > 0 && piece.ran) {
     if (!piece.graph) {
       const MemoryPool::Use use(*pool_);
-      piece.graph = Graph(work);
+      try {
+        piece.graph = Graph(work);
+      } catch (const Error& e) {
+        fail(e.fault(), "{} (--set graphs=0 trains without CUDA graphs)", e.what());
+      }
     }
     piece.graph.launch();
     return;
@@ -99,8 +106,10 @@ void TrainingStep::update(double rate_factor) {
   });
   queue_copy(record.state.at(), clip_.state(), sizeof(UpdateState), recipe_.device);
   record.end.set();
-  // Captured micro-batches find the gradients of the step that was captured.
-  if (!pool_ || step_ == 0) params_.clear_grads();
+  // While a step is being captured its pieces find each other's gradients. After that they know where those are, and
+  // between steps an evaluation may have the memory.
+  const bool captured = first_->captured() && update_->captured() && (recipe_.accumulate == 1 || later_->captured());
+  if (!pool_ || step_ == 0 || captured) params_.clear_grads();
   record.known.rate_factor = rate_factor;
   record.known.losses.resize(static_cast<size_t>(micro_in_step_));
   micro_in_step_ = 0;
