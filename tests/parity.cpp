@@ -122,6 +122,7 @@ class Parity {
         shape_{sizes.batch, sizes.config.max_seq_len}, mode_{.training = true, .compute = precision} {
     tokens_ = fixture_("tokens", shape_, DType::i32).to(device);
     targets_ = fixture_("targets", shape_, DType::i32).to(device);
+    if (precision == DType::bf16) params_.keep_copies(precision, GradientSums::as_given);
     load();
   }
 
@@ -173,6 +174,7 @@ class Parity {
       }
       copy_bytes(p.value.raw(), device_, values.data(), Device::cpu, p.value.bytes());
     }
+    params_.refresh_copies();
   }
 
   void step_loss() { backward(model_.loss(tokens_, targets_, mode_).total); }
@@ -198,7 +200,7 @@ class Parity {
   void compare_gradients() {
     for (const Parameter& p : params_.list()) {
       check(static_cast<bool>(p.value.grad()), "{} has no gradient", p.name);
-      const std::vector<float> grad = p.value.grad().to_vector<float>();
+      const std::vector<float> grad = cast(p.value.grad(), DType::f32).to_vector<float>();
       for (const Piece& piece : pieces_of(p)) {
         const Tensor expected = reference("grad", piece);
         gradients_.take(relative_norm(grad.data() + piece.first, expected.data<float>(), expected.numel()), piece.name);
