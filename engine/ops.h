@@ -81,13 +81,18 @@ Tensor routing_weights(const Tensor& logits, const Routing& r);             // s
 // E * sum_e (share of the N*K choices that went to e) * mean_n softmax(logits)[n, e] -> [] (Fedus et al., 2021).
 Tensor balance_loss(const Tensor& logits, const Routing& r);
 Tensor gather_rows(const Tensor& x, const Routing& r);                      // [N, D] -> [N*K, D] sorted by expert
-// y [N*K, D] sorted by expert, weights [N, K] in f32 (f64 for f64) -> sum_k weights[n,k] * y[slots[n,k]], [N, D].
-Tensor combine_rows(const Tensor& y, const Tensor& weights, const Routing& r);
+Tensor sum_rows(const Tensor& y, const Routing& r);                         // sum_k y[slots[n,k]]: [N*K, D] -> [N, D]
 // add_rms_norm of x[n] = sum_k rows[slots[n,k]], rows [N*K, D] sorted by expert; the residual is like x [.., D].
 NormedSum add_rms_norm(const Tensor& residual, const Tensor& rows, const Routing& r, const Tensor& weight, double eps,
                        double p = 0, RngKey key = {});
 // Rows of expert e times w[e] transposed: x [R, I], w [E, O, I] -> [R, O]. Experts may be empty.
 Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r);
+// weights[n,k] * down[e] silu_dropout(up[e] x[n], p, key) in row slots[n,k], e the expert of choice (n, k); sum_rows or
+// add_rms_norm make one row a token of it. x [N, D], up [E, F, D], down [E, D, F], weights [N, K] in f32 (f64 for f64)
+// -> [N*K, D]. Element row*F + f of the mask is that of up's output sorted by expert. Of the activations it saves x and
+// up's output, which the gradient overwrites.
+Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& weights, const Routing& r,
+                  double p, RngKey key);
 
 // ---- loss
 // Mean over rows of -log softmax(logits)[target]: logits [.., V], targets i32 -> [] in f32 (f64 for f64). The gradient

@@ -33,7 +33,7 @@ BlockOutput Block::operator()(const NormedSum& stream, const RmsNorm& next, cons
   }
   MemoryScope memory(Category::activation, ffn_layer);
   MoeOutput out = feed_forward(middle.normed, mode);
-  return {dropout.onto(middle.sum, out.y, next, mode), out.balance, std::move(out.routing)};
+  return {dropout.onto(middle.sum, out.rows, out.routing, next, mode), out.balance, out.routing};
 }
 
 Transformer::Transformer(const Config& config, Scope scope)

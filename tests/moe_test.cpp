@@ -105,16 +105,22 @@ void close(const char* what, const Tensor& found, const std::vector<double>& exp
   CHECK_MESSAGE(in, what, ": relative error ", worst, ", allowed ", tolerance);
 }
 
-// y, dx and dw against loops, for rows_of[e] rows of each expert.
-void products_hold(const std::vector<int64_t>& rows_of, int64_t inputs, int64_t outputs, DType dtype, Device device) {
+// Routes row i to the expert whose share it falls into: rows_of[e] rows of each.
+Routing routing_of(const std::vector<int64_t>& rows_of, Device device) {
   const int64_t experts = static_cast<int64_t>(rows_of.size());
   std::vector<float> logits;
   for (int64_t e = 0; e < experts; ++e)
     for (int64_t i = 0; i < rows_of[e]; ++i)
       for (int64_t j = 0; j < experts; ++j) logits.push_back(j == e ? 1.0f : 0.0f);
-  const int64_t rows = static_cast<int64_t>(logits.size()) / experts;
+  return route_top_k(Tensor::from(logits, {static_cast<int64_t>(logits.size()) / experts, experts}, device), 1);
+}
+
+// y, dx and dw against loops, for rows_of[e] rows of each expert.
+void products_hold(const std::vector<int64_t>& rows_of, int64_t inputs, int64_t outputs, DType dtype, Device device) {
+  const int64_t experts = static_cast<int64_t>(rows_of.size());
+  const Routing r = routing_of(rows_of, device);
+  const int64_t rows = r.sources.numel();
   INFO(rows, " rows, ", experts, " experts, ", inputs, " -> ", outputs, ", ", name_of(dtype), " on ", name_of(device));
-  const Routing r = route_top_k(Tensor::from(logits, {rows, experts}, device), 1);
   const Tensor x = leaf(typed(draw(rows * inputs, 1), {rows, inputs}, dtype, device));
   const Tensor w = leaf(typed(draw(experts * outputs * inputs, 2), {experts, outputs, inputs}, dtype, device));
   const Tensor dy = typed(draw(rows * outputs, 3), {rows, outputs}, dtype, device);
@@ -151,6 +157,35 @@ void all_products_hold(Device device) {
   }
 }
 
+// expert_mlp in bf16 on the GPU, output and gradients, against the ops it stands for in f32 on the CPU.
+void mlp_holds(const std::vector<int64_t>& rows_of, int64_t d, int64_t f, double p) {
+  const int64_t experts = static_cast<int64_t>(rows_of.size());
+  int64_t rows = 0;
+  for (const int64_t n : rows_of) rows += n;
+  INFO(rows, " rows, ", experts, " experts, ", d, " -> ", f, ", dropout ", p);
+  const auto evaluate = [&](DType dtype, Device device) {
+    const auto values = [&](const Shape& shape, uint64_t stream) {
+      return cast(typed(draw(shape.numel(), stream), shape, DType::bf16, device), dtype);
+    };
+    const std::vector<Tensor> x = {leaf(values({rows, d}, 1)), leaf(values({experts, f, d}, 2)),
+                                   leaf(values({experts, d, f}, 3)),
+                                   leaf(typed(draw(rows, 4), {rows, 1}, DType::f32, device))};
+    const Tensor y = expert_mlp(x[0], x[1], x[2], x[3], routing_of(rows_of, device), p, {3, 8});
+    std::vector<std::vector<double>> found = {values_of(y)};
+    const Tensor dy = values({rows, d}, 5);
+    backward(record("project", Tensor::zeros({}, DType::f32, device), {y},
+                    [dy](const Tensor&) -> Gradients { return {dy}; }));
+    for (const Tensor& t : x) found.push_back(values_of(t.grad()));
+    return found;
+  };
+  const auto expected = evaluate(DType::f32, Device::cpu), found = evaluate(DType::bf16, Device::cuda);
+  const char* const names[] = {"y", "dx", "dup", "ddown", "dweights"};
+  for (size_t i = 0; i < expected.size(); ++i)
+    close(names[i], Tensor::from(found[i], {static_cast<int64_t>(found[i].size())}, Device::cpu), expected[i],
+          2 * tolerance(DType::bf16, std::max(d, f)));
+  CHECK(evaluate(DType::bf16, Device::cuda) == found);  // the same bits again
+}
+
 TEST_CASE("routing: invariants, ties, one expert") { all_routings_hold(Device::cpu); }
 TEST_CASE("routing: logits that are nan") { nan_logits_choose_different_experts(Device::cpu); }
 TEST_CASE("grouped_matmul: empty experts, ragged rows, odd sizes") { all_products_hold(Device::cpu); }
@@ -173,4 +208,13 @@ TEST_SUITE("cuda") {
   TEST_CASE("routing on the GPU: invariants, ties, one expert") { all_routings_hold(Device::cuda); }
   TEST_CASE("routing on the GPU: logits that are nan") { nan_logits_choose_different_experts(Device::cuda); }
   TEST_CASE("grouped_matmul on the GPU: empty experts, ragged rows, odd sizes") { all_products_hold(Device::cuda); }
+  TEST_CASE("expert_mlp on the GPU: empty experts, all on one, ragged rows, odd sizes") {
+    mlp_holds({0, 0, 131, 0}, 24, 40, 0.3);
+    mlp_holds({0, 259, 0}, 72, 328, 0);
+    mlp_holds({1, 127, 128, 129, 0, 3}, 64, 128, 0.3);
+    mlp_holds({65, 63, 1, 0, 7}, 520, 16, 0.1);
+    mlp_holds({300, 0, 211}, 136, 264, 0.1);
+    mlp_holds({17, 40}, 33, 20, 0.1);  // no multiple of 8: the ops one by one
+    mlp_holds({0, 0}, 16, 8, 0.1);
+  }
 }

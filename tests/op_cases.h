@@ -37,6 +37,7 @@ struct OpCase {
   Function run;
   Function reference = {};    // the same from simpler ops, with or without gradients
   int64_t reduction = 1;      // terms of the longest sum, for the tolerance
+  int64_t products = 1;       // one after another; each rounds what the next one takes
   Inputs large = {};          // the benchmark's sizes; no benchmark when empty
   double flops = 0;           // of the benchmark's forward; 0: it is rated by bytes
   std::vector<DType> dtypes = {DType::f32, DType::bf16, DType::f64};

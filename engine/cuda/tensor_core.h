@@ -31,6 +31,12 @@ __device__ inline Quad load_quad_transposed(const bf16* row) {
   return q;
 }
 
+// The other way round (sm_90): stores what load_quad would read.
+__device__ inline void store_quad(bf16* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(shared_address(row)), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
 // sum[16, 8] += a[16, 16] b[16, 8]. sum: element e is row g + 8 (e / 2), column 2c + e % 2. a: tiles (rows 0-7, columns
 // 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15). b0, b1: rows (2c, 2c+1) and (2c+8, 2c+9) of column g.
 __device__ inline void multiply_add(float (&sum)[4], const Quad& a, uint32_t b0, uint32_t b1) {

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_matmul_simt(Grouped<T> g)
 template <class T>
 void multiply(Cuda, Product product, const Grouped<T>& g) {
   if constexpr (std::is_same_v<T, bf16>)
-    if (grouped_matmul_mma(product, g)) return;
+    if (grouped_matmul_warpgroup(product, g) || grouped_matmul_mma(product, g)) return;
   const int64_t blocks = grouped_blocks(product, g.rows, g.inputs, g.outputs, g.experts, kTile, kTile);
   const auto kernel = product == Product::forward          ? grouped_matmul_simt<Product::forward, T>
                       : product == Product::input_gradient ? grouped_matmul_simt<Product::input_gradient, T>
@@ -115,18 +115,22 @@ void multiply(Cuda, Product product, const Grouped<T>& g) {
 }
 #endif
 
-void multiply(Product product, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& offsets, int64_t rows,
-              int64_t inputs, int64_t outputs) {
+}  // namespace
+
+void multiply_grouped(GroupedProduct product, const Tensor& a, const Tensor& b, const Tensor& c,
+                      const Tensor& offsets) {
+  const int64_t inputs = product == Product::forward ? a.size(1) : product == Product::input_gradient ? c.size(1)
+                                                                                                      : b.size(1);
   on_device(a.device(), [&](auto device) {
     dispatch(device, a.dtype(), [&]<class T>() {
       multiply(device, product,
                Grouped<T>{.a = a.data<T>(), .b = b.data<T>(), .c = c.data<T>(), .offsets = offsets.data<int32_t>(),
-                          .rows = rows, .inputs = inputs, .outputs = outputs, .experts = offsets.numel() - 1});
+                          .rows = a.size(0), .inputs = inputs,
+                          .outputs = product == Product::forward ? c.size(1) : a.size(1),
+                          .experts = offsets.numel() - 1});
     });
   });
 }
-
-}  // namespace
 
 Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r) {
   const RoutingSize s = size_of_routing("grouped_matmul", x, r);
@@ -139,18 +143,18 @@ Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r) {
   check(inputs > 0 && outputs > 0 && std::max({rows, inputs, outputs}) < (int64_t{1} << 30),
         "grouped_matmul of x {} and w {}: sizes must be from 1 to 2^30", x.shape().str(), w.shape().str());
   Tensor y = Tensor::like(x, {rows, outputs});
-  multiply(Product::forward, x, w, y, r.offsets, rows, inputs, outputs);
+  multiply_grouped(Product::forward, x, w, y, r.offsets);
   return record("grouped_matmul", y, {x, w},
-                [x = x.detached(), w = w.detached(), offsets = r.offsets, rows, inputs, outputs,
+                [x = x.detached(), w = w.detached(), offsets = r.offsets,
                  for_x = x.needs_grad(), for_w = w.needs_grad()](const Tensor& dy) -> Gradients {
                   Gradients gradients(2);
                   if (for_x) {
                     gradients[0] = Tensor::like(x);
-                    multiply(Product::input_gradient, dy, w, gradients[0], offsets, rows, inputs, outputs);
+                    multiply_grouped(Product::input_gradient, dy, w, gradients[0], offsets);
                   }
                   if (for_w) {
                     gradients[1] = Tensor::like(w);
-                    multiply(Product::weight_gradient, dy, x, gradients[1], offsets, rows, inputs, outputs);
+                    multiply_grouped(Product::weight_gradient, dy, x, gradients[1], offsets);
                   }
                   return gradients;
                 });

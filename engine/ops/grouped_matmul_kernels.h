@@ -1,7 +1,7 @@
 // What the kernels of grouped_matmul share: the three products, and which tile of which expert's product a block owns.
-// Used by grouped_matmul.cu and grouped_matmul_mma.cu.
+// Used by grouped_matmul's files and expert_mlp.cu.
 #pragma once
-#include "engine/dtype.h"
+#include "engine/tensor.h"
 
 namespace weft {
 
@@ -17,7 +17,11 @@ struct Grouped {
   int64_t rows, inputs, outputs, experts;
 };
 
-// The tensor-core kernels; false where the sizes or addresses do not suit them.
+// c = the product of a and b, which are as in Grouped; sizes are checked by the caller.
+void multiply_grouped(GroupedProduct product, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& offsets);
+
+// The kernels of sm_90a and of sm_80; false where the GPU, the sizes or the addresses do not suit them.
+bool grouped_matmul_warpgroup(GroupedProduct product, const Grouped<bf16>& g);
 bool grouped_matmul_mma(GroupedProduct product, const Grouped<bf16>& g);
 
 #ifdef __CUDACC__

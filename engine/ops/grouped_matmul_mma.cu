@@ -1,12 +1,10 @@
-// grouped_matmul of bf16 on the tensor cores: a block of 8 warps computes 128x256 of one expert's product from tiles 64
-// deep that are copied to shared memory ahead. On sm_90a each half of the block is a warpgroup that multiplies 64x256
-// from shared memory; elsewhere each warp computes 64x64 with its own instructions. One kernel serves the three
+// grouped_matmul of bf16 on the tensor cores of sm_80 and later: a block of 8 warps computes 128x256 of one expert's
+// product, 64x64 a warp, from tiles 64 deep that are copied to shared memory ahead. One kernel serves the three
 // products: an operand whose stored rows run along the sums is read transposed. Rows of an expert start anywhere; what
 // lies past its last row is filled with zeros.
 #if WEFT_CUDA
 #include "engine/cuda/stream.h"
 #include "engine/cuda/tensor_core.h"
-#include "engine/cuda/warpgroup.h"
 #include "engine/ops/grouped_matmul_kernels.h"
 
 namespace weft {
@@ -15,7 +13,7 @@ namespace {
 constexpr int kTileM = 128, kTileN = 256, kDepth = 64, kStages = 4, kThreads = 256;
 constexpr int kStageElements = (kTileM + kTileN) * kDepth;
 constexpr size_t kSharedBytes = kStages * kStageElements * sizeof(bf16);
-constexpr int kWarpRows = kHasWarpgroups ? 16 : 64, kWarpColumns = kHasWarpgroups ? 256 : 64;  // of C, a warp
+constexpr int kWarpRows = 64, kWarpColumns = 64;  // of C, a warp
 constexpr int kWarpsAcross = kTileN / kWarpColumns;
 constexpr int kOutStride = kWarpColumns + 8;  // of the finished tile of a warp: 16 bytes longer, so that banks differ
 static_assert(kSharedBytes >= kThreads / 32 * kWarpRows * kOutStride * sizeof(bf16));
@@ -99,21 +97,6 @@ __device__ void multiply_tile(Sums& sums, const bf16* a_tile, const bf16* b_tile
   }
 }
 
-// The same by this warp's warpgroup: only started, not finished, when this returns.
-template <class Layout>
-__device__ void start_multiply_tile(Sums& sums, const bf16* a_tile, const bf16* b_tile) {
-  constexpr int kNextColumns = kDepth * 64 * sizeof(bf16);
-  const uint64_t a = warpgroup_tile(a_tile + threadIdx.x / 128 * 64 * kDepth, Layout::a_rows_are_k ? kNextColumns : 16);
-  const uint64_t b = warpgroup_tile(b_tile, Layout::b_rows_are_k ? kNextColumns : 16);
-  // 16 terms further along the sums: 16 rows of 128 bytes, or 32 bytes; an address counts 16 bytes.
-  constexpr uint64_t kNextA = Layout::a_rows_are_k ? 128 : 2, kNextB = Layout::b_rows_are_k ? 128 : 2;
-  open_products();
-#pragma unroll
-  for (int step = 0; step < kDepth / 16; ++step)
-    multiply_warpgroup<Layout::a_rows_are_k, Layout::b_rows_are_k>(sums[0], a + step * kNextA, b + step * kNextB);
-  close_products();
-}
-
 template <GroupedProduct kProduct>
 __global__ void __launch_bounds__(kThreads, 1) grouped_matmul_kernel(Grouped<bf16> g) {
   using Layout = GroupedLayout<kProduct>;
@@ -134,30 +117,18 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_matmul_kernel(Grouped<bf1
     }
     close_copies();
   };
-  // A copy goes into the stage that all warps have left: the last, or the one before while warpgroups still read that.
-  constexpr int kAhead = kHasWarpgroups ? kStages - 2 : kStages - 1;
+  constexpr int kAhead = kStages - 1;
 #pragma unroll
   for (int tile = 0; tile < kAhead; ++tile) copy(tile);
 
   Sums sums = {};
   for (int tile = 0; tile < tiles; ++tile) {
     wait_copies<kAhead - 1>();
-    if constexpr (kHasWarpgroups) publish_to_warpgroups();
     __syncthreads();
     const bf16* const a_tile = stages + tile % kStages * kStageElements;
     const bf16* const b_tile = a_tile + kTileM * kDepth;
-    if constexpr (kHasWarpgroups) {
-      start_multiply_tile<Layout>(sums, a_tile, b_tile);
-      copy(tile + kAhead);
-      wait_products<1>();
-    } else {
-      copy(tile + kAhead);
-      multiply_tile<A, B>(sums, a_tile, b_tile, warp_row, warp_column);
-    }
-  }
-  if constexpr (kHasWarpgroups) {
-    wait_products<0>();
-    settle(sums[0]);
+    copy(tile + kAhead);
+    multiply_tile<A, B>(sums, a_tile, b_tile, warp_row, warp_column);
   }
 
   // Through shared memory, so that rows are written in pieces of at least 128 bytes.

@@ -77,17 +77,25 @@ Tensor reference_gather(const Tensor& logits, const Tensor& x) {
   return Tensor::from(y, {static_cast<int64_t>(choices.order.size()), d}, Device::cpu);
 }
 
-Tensor reference_combine(const Tensor& logits, const Tensor& y, const Tensor& weights) {
+Tensor reference_sum(const Tensor& logits, const Tensor& y) {
   const Choices choices(logits);
-  const Values ys = y.to_vector<float>(), ws = weights.to_vector<float>();
+  const Values ys = y.to_vector<float>();
   const int64_t n = logits.size(0), d = y.size(1);
   std::vector<double> sums(static_cast<size_t>(n * d));
   for (size_t row = 0; row < choices.order.size(); ++row)
-    for (int64_t i = 0; i < d; ++i) {
-      const int64_t choice = choices.order[row];
-      sums[choice / kChosen * d + i] += double(ws[choice]) * double(ys[static_cast<int64_t>(row) * d + i]);
-    }
+    for (int64_t i = 0; i < d; ++i)
+      sums[choices.order[row] / kChosen * d + i] += double(ys[static_cast<int64_t>(row) * d + i]);
   return Tensor::from(Values(sums.begin(), sums.end()), {n, d}, Device::cpu);
+}
+
+Tensor reference_weighed(const Tensor& logits, const Tensor& y, const Tensor& weights) {
+  const Choices choices(logits);
+  Values ys = y.to_vector<float>();
+  const Values ws = weights.to_vector<float>();
+  const int64_t d = y.size(1);
+  for (size_t row = 0; row < choices.order.size(); ++row)
+    for (int64_t i = 0; i < d; ++i) ys[static_cast<int64_t>(row) * d + i] *= ws[choices.order[row]];
+  return Tensor::from(ys, y.shape(), Device::cpu);
 }
 
 Tensor reference_grouped(const Tensor& logits, const Tensor& x, const Tensor& w) {
@@ -143,14 +151,12 @@ void add_expert_cases(std::vector<OpCase>& cases) {
                    .reference = [](auto& x) { return reference_gather(x[0], x[1]); },
                    .reduction = kChosen,
                    .large = {logits(8192, 8), {{8192, 768}}}});
-  cases.push_back({.name = "combine_rows",
-                   .sizes = {{logits(1, 2), {{2, 1}}, wide({1, 2})},
-                             {logits(37, 3), {{74, 13}}, wide({37, 2})},
-                             {logits(100, 8), {{200, 264}}, wide({100, 2})}},
-                   .run = [](auto& x) { return combine_rows(x[1], x[2], route(x[0])); },
-                   .reference = [](auto& x) { return reference_combine(x[0], x[1], x[2]); },
-                   .reduction = 264,
-                   .large = {logits(8192, 8), {{16384, 768}}, wide({8192, 2})}});
+  cases.push_back({.name = "sum_rows",
+                   .sizes = {{logits(1, 2), {{2, 1}}}, {logits(37, 3), {{74, 13}}}, {logits(100, 8), {{200, 264}}}},
+                   .run = [](auto& x) { return sum_rows(x[1], route(x[0])); },
+                   .reference = [](auto& x) { return reference_sum(x[0], x[1]); },
+                   .reduction = kChosen,
+                   .large = {logits(8192, 8), {{16384, 768}}}});
   cases.push_back({.name = "add_rms_norm_of_rows",
                    .sizes = {{logits(1, 2), {{1, 8}}, {{2, 8}}, wide({8})},
                              {logits(37, 3), {{37, 13}}, {{74, 13}}, wide({13})},
@@ -160,9 +166,7 @@ void add_expert_cases(std::vector<OpCase>& cases) {
                      return concat_last(n.sum, n.normed);
                    },
                    .reference = [](auto& x) {
-                     const Tensor weights = Tensor::empty({x[0].size(0), kChosen}, DType::f32, Device::cpu);
-                     fill(weights, 1);
-                     const Tensor y = dropout(combine_rows(x[2], weights, route(x[0])), 0.3, {7, 11});
+                     const Tensor y = dropout(sum_rows(x[2], route(x[0])), 0.3, {7, 11});
                      const Tensor sum = add(x[1], y);
                      return concat_last(sum, rms_norm(sum, x[3], 1e-6));
                    },
@@ -179,6 +183,21 @@ void add_expert_cases(std::vector<OpCase>& cases) {
                    .reduction = 264,
                    .large = {logits(8192, 8), {{16384, 768}}, {{8, 3072, 768}}},
                    .flops = 2.0 * 16384 * 768 * 3072});
+  const auto mlp = [](int64_t n, int64_t e, int64_t d, int64_t f) {
+    return Inputs{constant({n, e}, Type::wide), {{n, d}}, {{e, f, d}}, {{e, d, f}}, wide({n, kChosen})};
+  };
+  const RngKey key{5, 9};
+  cases.push_back({.name = "expert_mlp",
+                   .sizes = {mlp(1, 6, 8, 16), mlp(5, 3, 7, 9), mlp(67, 4, 24, 40), mlp(150, 3, 72, 136)},
+                   .run = [key](auto& x) { return expert_mlp(x[1], x[2], x[3], x[4], route(x[0]), 0.3, key); },
+                   .reference = [key](auto& x) {
+                     const Tensor h = reference_grouped(x[0], reference_gather(x[0], x[1]), x[2]);
+                     return reference_weighed(x[0], reference_grouped(x[0], silu_dropout(h, 0.3, key), x[3]), x[4]);
+                   },
+                   .reduction = 136,
+                   .products = 2,
+                   .large = mlp(8192, 8, 768, 3072),
+                   .flops = 4.0 * 16384 * 768 * 3072});
 }
 
 }  // namespace weft

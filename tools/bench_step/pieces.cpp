@@ -42,8 +42,6 @@ constexpr Row kRows[] = {
     {"routing_weights", Of::both, "", "routing"},
     {"balance_loss", Of::both, "", "routing"},
     {"gather_rows", Of::both, "", "expert rows"},
-    {"combine_rows", Of::both, "", "expert rows"},
-    {"weigh_rows", Of::both, "", "expert rows"},
     {"sum_rows", Of::both, "", "expert rows"},
     {"expert_mlp", Of::both, "gather", "expert rows"},
     {"expert_mlp", Of::both, "sum_choices", "expert rows"},

@@ -1,0 +1,181 @@
+// Of each row r of an expert: h = up x_r, a = w_r dropout(silu(h)), y_r = down a, w_r the routing weight. With it inside
+// of a, the sum of a token's rows is all that is left to do, and no expert's output is saved. Saved are x and h; a
+// second pass over h gives backward a, dh = w_r silu'(h) dropout(da) and dw_r = sum_j da_j dropout(silu(h_j)), where
+// da = down^T dy.
+#include <algorithm>
+
+#include "engine/ops/grouped_matmul_kernels.h"
+#include "engine/ops/masked.h"
+#include "engine/ops/routing.h"
+
+namespace weft {
+namespace {
+
+// How rows of h are activated; of which type the weights are depends on x.
+template <class A>
+struct Activation {
+  const A* weights;        // [N, K]
+  const int32_t* sources;  // [N*K]: row -> choice
+  Mask mask;
+  bool drops;
+  A scale;  // of what is kept
+  int64_t rows, width;
+};
+
+template <class T, class A = acc_t<T>>
+WEFT_HD A sigmoid(A x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, bf16>) return __fdividef(1.0f, 1.0f + __expf(-x));
+#endif
+  return 1 / (1 + exp(-x));
+}
+template <class T, class A = acc_t<T>>
+WEFT_HD T activate(A h, A weight, bool kept) {
+  return T(kept ? weight * (h * sigmoid<T>(h)) : A(0));
+}
+// da becomes a, h becomes dh; returns this element's part of dw.
+template <class T, class A = acc_t<T>>
+WEFT_HD A activate_backward(T& da, T& h, A weight, bool kept) {
+  const A x = A(h), s = sigmoid<T>(x), silu = x * s, d = kept ? A(da) : A(0);
+  da = T(kept ? weight * silu : A(0));
+  h = T(weight * d * (s + silu * (1 - s)));
+  return d * silu;
+}
+
+template <class T, class A>
+void forward(Cpu, const Activation<A>& f, const T* h, T* a) {
+  parallel_for(f.rows, std::max<int64_t>(1, 4096 / (f.width + 1)), [=](int64_t from, int64_t to) {
+    MaskReader kept(f.mask);
+    for (int64_t row = from; row < to; ++row)
+      for (int64_t i = row * f.width; i < (row + 1) * f.width; ++i)
+        a[i] = activate<T>(A(h[i]), f.scale * f.weights[f.sources[row]], !f.drops || kept(i));
+  });
+}
+template <class T, class A>
+void backward(Cpu, const Activation<A>& f, T* da, const T* h, T* dh, A* dweights) {
+  parallel_for(f.rows, std::max<int64_t>(1, 4096 / (f.width + 1)), [=](int64_t from, int64_t to) {
+    MaskReader kept(f.mask);
+    for (int64_t row = from; row < to; ++row) {
+      const A weight = f.scale * f.weights[f.sources[row]];
+      A dot = 0;
+      for (int64_t i = row * f.width; i < (row + 1) * f.width; ++i) {
+        T value = h[i];
+        dot += activate_backward<T>(da[i], value, weight, !f.drops || kept(i));
+        dh[i] = value;
+      }
+      dweights[f.sources[row]] = f.scale * dot;
+    }
+  });
+}
+
+#if WEFT_CUDA
+constexpr int kWidth = 8;  // elements a thread takes at a time: those of one drawing of the mask
+
+// One block per row.
+template <class T>
+__global__ void activate_rows(Activation<float> f, const T* h, T* a) {
+  const int64_t row = blockIdx.x;
+  const float weight = f.scale * f.weights[f.sources[row]];
+  f.mask.key = f.mask.key.at_step();
+  for (int64_t at = threadIdx.x * kWidth; at < f.width; at += blockDim.x * kWidth) {
+    const int64_t i = row * f.width + at;
+    auto values = load_pack<kWidth>(h + i, f.width - at);
+    const uint32_t kept = f.drops ? kept_bits(f.mask, i) : ~0u;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) values.v[j] = activate<T>(float(values.v[j]), weight, kept >> j & 1);
+    store_pack(a + i, values, f.width - at);
+  }
+}
+template <class T>
+__global__ void activate_rows_backward(Activation<float> f, T* da, const T* h, T* dh, float* dweights) {
+  const int64_t row = blockIdx.x;
+  const float weight = f.scale * f.weights[f.sources[row]];
+  f.mask.key = f.mask.key.at_step();
+  float dot = 0;
+  for (int64_t at = threadIdx.x * kWidth; at < f.width; at += blockDim.x * kWidth) {
+    const int64_t i = row * f.width + at;
+    auto values = load_pack<kWidth>(h + i, f.width - at), das = load_pack<kWidth>(da + i, f.width - at);
+    const uint32_t kept = f.drops ? kept_bits(f.mask, i) : ~0u;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) dot += activate_backward<T>(das.v[j], values.v[j], weight, kept >> j & 1);
+    store_pack(da + i, das, f.width - at);
+    store_pack(dh + i, values, f.width - at);
+  }
+  dot = block_sum(dot);
+  if (threadIdx.x == 0) dweights[f.sources[row]] = f.scale * dot;
+}
+unsigned threads_of(int64_t width) { return row_threads<bf16>(width, 512); }
+
+template <class T>
+void forward(Cuda, const Activation<float>& f, const T* h, T* a) {
+  launch_blocks(activate_rows<T>, static_cast<unsigned>(f.rows), threads_of(f.width), 0, f, h, a);
+}
+template <class T>
+void backward(Cuda, const Activation<float>& f, T* da, const T* h, T* dh, float* dweights) {
+  launch_blocks(activate_rows_backward<T>, static_cast<unsigned>(f.rows), threads_of(f.width), 0, f, da, h, dh,
+                dweights);
+}
+#endif
+
+// Calls f(device, activation of the right type, T()).
+template <class F>
+void with_activation(const Tensor& h, const Tensor& weights, const Routing& r, double p, RngKey key, const F& f) {
+  on_device(h.device(), [&](auto device) {
+    dispatch(device, h.dtype(), [&]<class T>() {
+      using A = acc_t<T>;
+      const Mask mask(key, p);
+      f(device, Activation<A>{.weights = weights.data<A>(), .sources = r.sources.data<int32_t>(), .mask = mask,
+                              .drops = p > 0, .scale = A(p > 0 ? mask.scale() : 1), .rows = h.size(0),
+                              .width = h.size(1)}, T{});
+    });
+  });
+}
+
+}  // namespace
+
+Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& weights, const Routing& r,
+                  double p, RngKey key) {
+  const RoutingSize s = size_of_routing("expert_mlp", x, r);
+  const DType wide = x.dtype() == DType::f64 ? DType::f64 : DType::f32;
+  check(x.rank() == 2 && x.size(0) == s.tokens && up.rank() == 3 && up.size(0) == s.experts &&
+            up.size(2) == x.size(1) && down.shape() == Shape({s.experts, x.size(1), up.size(1)}) &&
+            up.dtype() == x.dtype() && down.dtype() == x.dtype() && weights.shape() == r.slots.shape() &&
+            weights.dtype() == wide,
+        "expert_mlp needs x [{0}, D], up [{1}, F, D], down [{1}, D, F] of one dtype and weights {2} of {3}, found {4}, "
+        "{5}, {6} and {7} of {8}",
+        s.tokens, s.experts, r.slots.shape().str(), name_of(wide), x.shape().str(), up.shape().str(),
+        down.shape().str(), weights.shape().str(), name_of(weights.dtype()));
+  check(p >= 0 && p < 1, "expert_mlp's probability of dropout must be in [0, 1), found {}", p);
+  const int64_t rows = s.tokens * s.chosen;
+  const Tensor h = Tensor::like(x, {rows, up.size(1)}), y = Tensor::like(x, {rows, x.size(1)});
+  multiply_grouped(GroupedProduct::forward, gather_rows(x.detached(), r), up, h, r.offsets);
+  {
+    const Tensor a = Tensor::like(h);
+    with_activation(h, weights, r, p, key, [&]<class T>(auto device, const auto& activation, T) {
+      forward(device, activation, h.data<T>(), a.data<T>());
+    });
+    multiply_grouped(GroupedProduct::forward, a, down, y, r.offsets);
+  }
+  return record(
+      "expert_mlp", y, {x, up, down, weights},
+      [x = x.detached(), up = up.detached(), down = down.detached(), weights = weights.detached(), h, r, p,
+       key](const Tensor& dy) -> Gradients {
+        const Tensor dup = Tensor::like(up), ddown = Tensor::like(down), dweights = Tensor::like(weights);
+        const Tensor dh = h.sole_owner() ? h : Tensor::like(h);
+        {
+          const Tensor da = Tensor::like(h), &a = da;  // in turn
+          multiply_grouped(GroupedProduct::input_gradient, dy, down, da, r.offsets);
+          with_activation(h, weights, r, p, key, [&]<class T>(auto device, const auto& activation, T) {
+            backward(device, activation, da.data<T>(), h.data<T>(), dh.data<T>(),
+                     dweights.data<acc_t<T>>());
+          });
+          multiply_grouped(GroupedProduct::weight_gradient, dy, a, ddown, r.offsets);
+        }
+        const Tensor gathered = gather_rows(x, r), &dgathered = gathered;  // in turn
+        multiply_grouped(GroupedProduct::weight_gradient, dh, gathered, dup, r.offsets);
+        multiply_grouped(GroupedProduct::input_gradient, dh, up, dgathered, r.offsets);
+        return {sum_rows(dgathered, r), dup, ddown, dweights};
+      });
+}
+
+}  // namespace weft
