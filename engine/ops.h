@@ -24,9 +24,6 @@ Tensor add_normal(const Tensor& x, double std, RngKey key);
 
 // ---- shape
 Tensor reshape(const Tensor& x, const Shape& shape);                    // shares data
-Tensor slice_last(const Tensor& x, int64_t from, int64_t to);           // columns [from, to) of the last axis, copied
-// The last axis cut into parts of these widths, copied; all parts share one gradient of x's size.
-std::vector<Tensor> split_last(const Tensor& x, const std::vector<int64_t>& widths);
 // [a, b] along the last axis: a [.., H, Da], b [.., H or 1, Db] -> [.., H, Da+Db]; a single head of b serves all of a's.
 Tensor concat_last(const Tensor& a, const Tensor& b);
 
@@ -57,6 +54,13 @@ Tensor embedding(const Tensor& ids, const Tensor& table, double scale, DType dty
 // Rotates interleaved pairs (2i, 2i+1) of the last R columns of x [B, T, H, D] by the angles of table (Su et al.,
 // 2021); leaves the first D-R columns. table f32 [>=T, R]: cos in even, sin in odd columns (engine/nn/rope.h makes it).
 Tensor rope(const Tensor& x, const Tensor& table);
+// The columns of x [B, T, W] cut into parts [B, T, heads, width], rotated or as they are, in one pass each way: all parts
+// share one gradient of x. At most 4 parts; the table may be no tensor when none is rotated.
+struct RopePart {
+  int64_t heads, width;
+  bool rotated = false;
+};
+std::vector<Tensor> split_rope(const Tensor& x, const std::vector<RopePart>& parts, const Tensor& table);
 Tensor softmax(const Tensor& x);  // along the last axis
 struct AttentionOptions {
   double scale;       // multiplies q.k

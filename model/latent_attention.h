@@ -43,14 +43,16 @@ struct LatentAttention {
     const Tensor queries = q_proj ? (*q_proj)(x) : (*q_b_proj)((*q_a_layernorm)((*q_a_proj)(x)));
     const Tensor q = rope(reshape(queries, {b, t, heads, plain + rotary}));
 
-    const std::vector<Tensor> compressed = split_last(kv_a_proj_with_mqa(x), {latent, rotary});
-    const Tensor shared_key = rope(reshape(compressed[1], {b, t, 1, rotary}));
-    const Tensor kv = reshape(kv_b_proj(kv_a_layernorm(compressed[0])), {b, t, heads, plain + value});
-    Tensor k = shared_key, v = kv;
+    const std::vector<Tensor> compressed = rope.split(
+        kv_a_proj_with_mqa(x), {{.heads = 1, .width = latent}, {.heads = 1, .width = rotary, .rotated = true}});
+    const Tensor shared_key = compressed[1];
+    const Tensor kv = kv_b_proj(kv_a_layernorm(reshape(compressed[0], {b, t, latent})));  // [B, T, H * (plain + value)]
+    Tensor k = shared_key, v = reshape(kv, {b, t, heads, plain + value});
     if (plain > 0) {
-      const std::vector<Tensor> parts = split_last(kv, {plain, value});
-      k = concat_last(parts[0], shared_key);
-      v = parts[1];
+      const std::vector<Tensor> parts = split_rope(reshape(kv, {b, t * heads, plain + value}),
+                                                   {{.heads = 1, .width = plain}, {.heads = 1, .width = value}}, {});
+      k = concat_last(reshape(parts[0], {b, t, heads, plain}), shared_key);
+      v = reshape(parts[1], {b, t, heads, value});
     }
 
     AttentionOptions options{.scale = scale};

@@ -21,12 +21,12 @@ struct MultiHeadAttention {
 
   Tensor operator()(const Tensor& x, const Mode& mode) const {  // [B, T, D]
     const int64_t b = x.size(0), t = x.size(1), head = width / heads;
-    const std::vector<Tensor> parts = split_last(qkv(x), {width, width, width});
-    const auto by_head = [&](const Tensor& part) { return reshape(part, {b, t, heads, head}); };
+    const std::vector<Tensor> parts = rope.split(qkv(x), {{.heads = heads, .width = head, .rotated = true},
+                                                          {.heads = heads, .width = head, .rotated = true},
+                                                          {.heads = heads, .width = head}});
     AttentionOptions options{.scale = 1 / std::sqrt(static_cast<double>(head))};
     if (mode.training && dropout > 0) options.dropout = dropout, options.key = mode.key();
-    const Tensor q = rope(by_head(parts[0])), k = rope(by_head(parts[1])), v = by_head(parts[2]);
-    const Tensor y = attention(q, k, v, options);  // [B, T, H, D/H]
+    const Tensor y = attention(parts[0], parts[1], parts[2], options);  // [B, T, H, D/H]
     return w_o(reshape(y, {b, t, width}));
   }
 };

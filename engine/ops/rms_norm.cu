@@ -1,5 +1,5 @@
-// y = s r w, r = 1 / sqrt(mean(s^2) + eps) of each row, where s = x, or residual + dropout(x), or the same of the sum of
-// a token's expert rows. With g = dy w and ds of the residual stream: dresidual = ds + r (g - s r^2 mean(g s)),
+// y = s r w, r = 1 / sqrt(mean(s^2) + eps) of each row, where s = x, or residual + dropout(x), or the same of the sum
+// of a token's expert rows. With g = dy w and ds of the residual stream: dresidual = ds + r (g - s r^2 mean(g s)),
 // dx = dresidual where kept, over 1 - p, for each of the rows that were summed; dw = sum over rows of dy s r.
 #include <algorithm>
 #include <cmath>
@@ -84,13 +84,12 @@ void backward(Cpu, const Before& before, const T* s, const W* w, const A* r, con
 }
 
 #if WEFT_CUDA
-// A row is held in registers by a team of kWarps warps, kPacks packs of kN neighbours a thread: read once, written once.
+// A row is held in registers by a team of kWarps warps, kPacks packs of kN neighbours a thread: read once, written
+// once. add_rms_norm with dropout of [8192, 768] in bf16 on an H200: 17.0 us, and 25.3 us back.
 constexpr int kN = 8;
 
 template <int kWarps>
-constexpr int kForwardThreads = kWarps == 1 ? 256 : kWarps * 32;
-template <int kWarps>
-constexpr int kBackwardThreads = kWarps == 1 ? 512 : kWarps * 32;
+constexpr int kThreads = kWarps == 1 ? 256 : kWarps * 32;
 
 template <int kWarps>
 __device__ float team_sum(float v) {
@@ -120,17 +119,28 @@ __device__ void store_part(T* to, const Pack<T, kN>& pack, int64_t left) {
   for (size_t i = 0; i < sizeof pack / 16; ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
 }
 
-template <class T, class W, int kPacks, int kWarps, bool kWhole>
-__global__ void __launch_bounds__(kForwardThreads<kWarps>)
+// Which of a thread's elements are kept, the first in bit 0; called while the row is still being loaded.
+template <int kPacks, int kStep, bool kWhole>
+__device__ uint32_t kept_in_row(const Mask& mask, int64_t at) {
+  static_assert(kPacks * kN <= 32);
+  uint32_t kept = 0;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) kept |= (kept_bits<kWhole>(mask, at + p * kStep) & 0xffu) << (p * kN);
+  return kept;
+}
+
+// kOfRows: x is the sum of several rows.
+template <class T, class W, int kPacks, int kWarps, bool kWhole, bool kOfRows>
+__global__ void __launch_bounds__(kThreads<kWarps>)
     norm_forward(Before before, float keep_scale, const T* __restrict__ residual, const T* __restrict__ x,
                  const W* __restrict__ w, T* __restrict__ sum, T* __restrict__ y, float* r, Size size, float eps) {
   constexpr int kLanes = kWarps * 32, kStep = kLanes * kN;  // from a thread's pack to its next
-  const int64_t row = blockIdx.x * int64_t{kForwardThreads<kWarps> / kLanes} + threadIdx.x / kLanes;
+  const int64_t row = blockIdx.x * int64_t{kThreads<kWarps> / kLanes} + threadIdx.x / kLanes;
   if (row >= size.rows) return;
   const int lane = threadIdx.x % kLanes, column = lane * kN;
   const int64_t at = row * size.d + column, left = size.d - column;
   Pack<T, kN> s[kPacks];
-  if (!before.slots) {
+  if (!kOfRows) {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) s[p] = load_part<kWhole>(x + at + p * kStep, left - p * kStep);
   }
@@ -140,20 +150,13 @@ __global__ void __launch_bounds__(kForwardThreads<kWarps>)
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) old[p] = load_part<kWhole>(residual + at + p * kStep, left - p * kStep);
     }
-    // Drawn while the loads are under way.
-    uint32_t kept[kPacks] = {};
-    if (before.p > 0) {
-      before.mask.key = before.mask.key.at_step();
-#pragma unroll
-      for (int p = 0; p < kPacks; ++p) kept[p] = kept_bits<kWhole>(before.mask, at + p * kStep);
-    }
+    before.mask.key = before.mask.key.at_step();
+    const uint32_t kept = before.p > 0 ? kept_in_row<kPacks, kStep, kWhole>(before.mask, at) : 0;
     float v[kPacks][kN] = {};
-    for (int64_t k = 0; k < before.chosen; ++k) {
-      if (before.slots) {
-        const T* from = x + before.row_of(row, k) * size.d + column;
+    for (int64_t k = 0; kOfRows && k < before.chosen; ++k) {
+      const T* from = x + before.row_of(row, k) * size.d + column;
 #pragma unroll
-        for (int p = 0; p < kPacks; ++p) s[p] = load_part<kWhole>(from + p * kStep, left - p * kStep);
-      }
+      for (int p = 0; p < kPacks; ++p) s[p] = load_part<kWhole>(from + p * kStep, left - p * kStep);
 #pragma unroll
       for (int p = 0; p < kPacks; ++p)
 #pragma unroll
@@ -163,8 +166,9 @@ __global__ void __launch_bounds__(kForwardThreads<kWarps>)
     for (int p = 0; p < kPacks; ++p) {
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
-        const float x_part = before.p == 0 ? v[p][j] : kept[p] >> j & 1 ? v[p][j] * keep_scale : 0.0f;
-        s[p].v[j] = T(float(old[p].v[j]) + x_part);
+        const float whole = kOfRows ? v[p][j] : float(s[p].v[j]);
+        const float dropped = before.p == 0 ? whole : kept >> (p * kN + j) & 1 ? whole * keep_scale : 0.0f;
+        s[p].v[j] = T(float(old[p].v[j]) + dropped);
       }
       store_part<kWhole>(sum + at + p * kStep, s[p], left - p * kStep);
     }
@@ -187,11 +191,11 @@ __global__ void __launch_bounds__(kForwardThreads<kWarps>)
 
 // Each team takes every so-manieth row and keeps its columns' sums of dw; partial [blocks, d] gets a block's.
 template <class T, class W, int kPacks, int kWarps, bool kWhole>
-__global__ void __launch_bounds__(kBackwardThreads<kWarps>)
+__global__ void __launch_bounds__(kThreads<kWarps>)
     norm_backward(Before before, float keep_scale, const T* __restrict__ s, const W* __restrict__ w,
                   const float* __restrict__ r, const T* dsum, const T* __restrict__ dy, T* dresidual,
                   T* __restrict__ dx, float* __restrict__ partial, Size size) {
-  constexpr int kLanes = kWarps * 32, kStep = kLanes * kN, kTeams = kBackwardThreads<kWarps> / kLanes;
+  constexpr int kLanes = kWarps * 32, kStep = kLanes * kN, kTeams = kThreads<kWarps> / kLanes;
   const int lane = threadIdx.x % kLanes, column = lane * kN;
   const int64_t left = size.d - column;
   before.mask.key = before.mask.key.at_step();
@@ -211,11 +215,7 @@ __global__ void __launch_bounds__(kBackwardThreads<kWarps>)
       for (int p = 0; p < kPacks; ++p) out[p] = load_part<kWhole>(dsum + at + p * kStep, left - p * kStep);
     }
     const float rr = r[row];
-    uint32_t kept[kPacks] = {};
-    if (drops) {
-#pragma unroll
-      for (int p = 0; p < kPacks; ++p) kept[p] = kept_bits<kWhole>(before.mask, at + p * kStep);
-    }
+    const uint32_t kept = drops ? kept_in_row<kPacks, kStep, kWhole>(before.mask, at) : 0;
     float dot = 0;
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kBackwardThreads<kWarps>)
         const float g = float(out[p].v[j]) +
                         rr * (float(dys[p].v[j]) * float(ws.v[j]) - float(ss[p].v[j]) * shrink);
         out[p].v[j] = T(g);
-        dropped.v[j] = T(!drops ? g : kept[p] >> j & 1 ? g * keep_scale : 0.0f);
+        dropped.v[j] = T(!drops ? g : kept >> (p * kN + j) & 1 ? g * keep_scale : 0.0f);
       }
       if (dresidual) store_part<kWhole>(dresidual + at + p * kStep, out[p], left - p * kStep);
       for (int64_t k = 0; dx && k < before.chosen; ++k)
@@ -270,7 +270,8 @@ __global__ void __launch_bounds__(kBackwardThreads<kWarps>)
 // One block sums 32 columns of the partial sums.
 constexpr int kTotalWarps = 32;
 template <class W>
-__global__ void __launch_bounds__(kTotalWarps * 32) norm_total_w(const float* partial, W* dw, int64_t strips, int64_t d) {
+__global__ void __launch_bounds__(kTotalWarps * 32)
+    norm_total_w(const float* partial, W* dw, int64_t strips, int64_t d) {
   __shared__ float sums[kTotalWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t column = blockIdx.x * int64_t{32} + lane;
@@ -308,10 +309,11 @@ template <class T, class W>
 void forward(Cuda, const Before& before, const T* residual, const T* x, const W* w, T* sum, T* y, float* r, Size size,
              double eps) {
   dispatch_width(size.d, {residual, x, w, sum, y}, [&]<int kPacks, int kWarps, bool kWhole>() {
-    constexpr int kThreads = kForwardThreads<kWarps>, kTeams = kThreads / 32 / kWarps;
-    launch_blocks(norm_forward<T, W, kPacks, kWarps, kWhole>, static_cast<unsigned>((size.rows + kTeams - 1) / kTeams), kThreads,
-                  0, before, static_cast<float>(before.mask.scale()), residual, x, w, sum, y, r, size,
-                  static_cast<float>(eps));
+    constexpr int kTeams = kThreads<kWarps> / 32 / kWarps;
+    const auto kernel = before.slots ? norm_forward<T, W, kPacks, kWarps, kWhole, true>
+                                     : norm_forward<T, W, kPacks, kWarps, kWhole, false>;
+    launch_blocks(kernel, static_cast<unsigned>((size.rows + kTeams - 1) / kTeams), kThreads<kWarps>, 0, before,
+                  static_cast<float>(before.mask.scale()), residual, x, w, sum, y, r, size, static_cast<float>(eps));
   });
 }
 template <class T, class W>
@@ -319,12 +321,13 @@ void backward(Cuda, const Before& before, const T* s, const W* w, const float* r
               T* dresidual, T* dx, W* dw, Size size) {
   const MemoryScope scope(Category::workspace);
   dispatch_width(size.d, {s, w, dsum, dy, dresidual, dx}, [&]<int kPacks, int kWarps, bool kWhole>() {
-    constexpr int kThreads = kBackwardThreads<kWarps>, kTeams = kThreads / 32 / kWarps;
-    const int64_t blocks = std::min<int64_t>((size.rows + kTeams - 1) / kTeams, multiprocessors());
+    constexpr int kTeams = kThreads<kWarps> / 32 / kWarps;
+    const int64_t blocks = std::min<int64_t>((size.rows + kTeams - 1) / kTeams, 2 * multiprocessors());
     Tensor partial;
     if (dw) partial = Tensor::empty({blocks, size.d}, DType::f32, Device::cuda);
-    launch_blocks(norm_backward<T, W, kPacks, kWarps, kWhole>, static_cast<unsigned>(blocks), kThreads, 0, before,
-                  static_cast<float>(before.mask.scale()), s, w, r, dsum, dy, dresidual, dx, partial.data<float>(), size);
+    launch_blocks(norm_backward<T, W, kPacks, kWarps, kWhole>, static_cast<unsigned>(blocks), kThreads<kWarps>, 0,
+                  before, static_cast<float>(before.mask.scale()), s, w, r, dsum, dy, dresidual, dx,
+                  partial.data<float>(), size);
     if (dw)
       launch_blocks(norm_total_w<W>, static_cast<unsigned>((size.d + 31) / 32), kTotalWarps * 32, 0,
                     static_cast<const float*>(partial.data<float>()), dw, blocks, size.d);
@@ -428,7 +431,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   });
 }
 
-NormedSum add_rms_norm(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps, double p, RngKey key) {
+NormedSum add_rms_norm(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps, double p,
+                       RngKey key) {
   return add_rms_norm(residual, x, weight, eps, p, key, {}, x.shape());
 }
 

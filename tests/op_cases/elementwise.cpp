@@ -79,13 +79,6 @@ void add_elementwise_cases(std::vector<OpCase>& cases) {
                      const float* v = x[0].template data<float>();
                      return made({37, 3}, [=](int64_t i) { return v[i]; });
                    }});
-  cases.push_back({.name = "slice_last", .sizes = {{{small}}, {{{6, 64}}}},
-                   .run = [](auto& x) { return slice_last(x[0], 8, 24); },
-                   .reference = [](auto& x) {
-                     const float* v = x[0].template data<float>();
-                     const int64_t d = x[0].size(-1);
-                     return made({x[0].size(0), 16}, [=](int64_t i) { return v[i / 16 * d + 8 + i % 16]; });
-                   }});
   cases.push_back({.name = "concat_last",
                    .sizes = {{{{2, 3, 4, 5}}, {{2, 3, 4, 3}}}, {{{2, 3, 4, 8}}, {{2, 3, 1, 16}}}},
                    .run = [](auto& x) { return concat_last(x[0], x[1]); },
