@@ -9,6 +9,7 @@
 #include "tools/bench_step/pieces.h"
 #include "tools/bench_step/recorder.h"
 #include "tools/bench_step/stopwatch.h"
+#include "train/algorithms.h"
 #include "train/device_info.h"
 #include "train/recipe.h"
 #include "train/step.h"
@@ -206,6 +207,8 @@ int run(int argc, char** argv) {
   app.add_option("--steps", steps, "timed steps")->check(CLI::Range(1, 10000))->capture_default_str();
   app.add_option("--kernels", kernels, "rows of the table of kernels")->check(CLI::Range(0, 10000))->capture_default_str();
   app.add_option("--set", settings, "key=value as in train_exp1; may be repeated");
+  AlgorithmOptions algorithms;
+  algorithms.add_to(app);
   app.add_flag("--json", json, "print JSON instead of tables");
   try {
     app.parse(argc, argv);
@@ -221,10 +224,12 @@ int run(int argc, char** argv) {
   }
   r.muon = false, r.accumulate = 1;
   validate(r);
+  algorithms.apply(r.device);
 
   const Capability capability{matrix_rate(r.device, r.precision), copy_rate(r.device)};
   Json all{{"program", "weft"}, {"device", device_name(r.device)}, {"batch", r.batch}, {"seq", r.seq},
            {"matrix_tflops", capability.flops / 1e12}, {"copy_gb_per_second", capability.bytes / 1e9}, {"steps", Json::array()}};
+  all.update(algorithm_settings());
   for (const std::string& name : r.configs) all["steps"].push_back(measure(r, name, steps, capability));
   const std::string problem = recording_problem(r.device);
   if (!problem.empty()) all["no_kernel_table"] = problem;

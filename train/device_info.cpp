@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "engine/cpu/parallel.h"
+#include "train/algorithms.h"
 #if WEFT_CUDA
 #include <cublasLt.h>
 
@@ -74,6 +75,7 @@ Json environment() {
   env["cublas"] = cublasLtGetVersion();
   env["gpu"] = cuda_available() ? Json(gpu_name()) : Json(nullptr);
 #endif
+  env.update(algorithm_settings());
   return env;
 }
 

@@ -4,6 +4,7 @@
 #include <iostream>
 
 #include "model/transformer.h"
+#include "train/algorithms.h"
 #include "train/experiment.h"
 #include "train/stop.h"
 
@@ -52,6 +53,8 @@ int run(int argc, char** argv) {
   app.add_option("--out", out, "folder of the run, new (default: runs/exp1-<time>)")->take_last();
   app.add_flag("--resume", resume, "continue the run in --out: complete runs are kept, the others trained again");
   app.add_flag("--memory-report", memory_report, "write who held the memory at each run's peak, and a step's timeline");
+  AlgorithmOptions algorithms;
+  algorithms.add_to(app);
   app.add_flag("--count-params", count_params, "print each configuration's parameters and stop");
   app.add_flag("--print-config", print_config, "print the resolved settings as JSON and stop");
   app.add_flag("--dry-run", dry_run, "check the settings and the data, print the plan and stop");
@@ -88,6 +91,7 @@ int run(int argc, char** argv) {
     fmt::print("{}\n", resolved_config(recipe).dump(2));
     return 0;
   }
+  if (!dry_run) algorithms.apply(recipe.device);
   Experiment experiment(recipe);
   if (dry_run) {
     fmt::print("{}", experiment.plan());

@@ -5,9 +5,13 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cstring>
 #include <map>
 #include <memory>
+#include <optional>
+#include <vector>
 
+#include "engine/algorithm_file.h"
 #include "engine/allocator.h"
 #include "engine/cuda/stream.h"
 #include "engine/storage.h"
@@ -16,10 +20,10 @@ namespace weft {
 namespace {
 
 constexpr int64_t kWorkspace = 64 << 20;
-constexpr int kCandidates = 8;
-constexpr int kTimedRuns = 3;
+constexpr int kCandidates = 24;
 
 AlgorithmChoice algorithm_choice = AlgorithmChoice::timed;
+std::optional<AlgorithmFile> algorithm_file;
 
 void blas_check(cublasStatus_t status, const char* what, const Gemm& g) {
   if (status != CUBLAS_STATUS_SUCCESS)
@@ -79,45 +83,80 @@ Layout layout(const Gemm& g, DType type, int64_t rows, int64_t columns, int64_t 
   return owned;
 }
 
-void multiply(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Gemm& g, void* out) {
+cublasStatus_t try_multiply(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Gemm& g, void* out) {
   const float one = 1, beta = static_cast<float>(g.beta);
-  blas_check(cublasLtMatmul(handle(), plan.description.get(), &one, g.b, plan.first.get(), g.a, plan.second.get(),
-                            &beta, out, plan.result.get(), out, plan.result.get(), &algorithm, workspace(),
-                            static_cast<size_t>(kWorkspace), compute_stream()), "product", g);
+  return cublasLtMatmul(handle(), plan.description.get(), &one, g.b, plan.first.get(), g.a, plan.second.get(), &beta,
+                        out, plan.result.get(), out, plan.result.get(), &algorithm, workspace(),
+                        static_cast<size_t>(kWorkspace), compute_stream());
 }
 
-// The fastest of the candidates on this product's own operands. The result goes to a scratch matrix, since a product
-// that adds to C must not run more than once on it.
-cublasLtMatmulAlgo_t fastest(const Plan& plan, const Gemm& g,
-                             const std::array<cublasLtMatmulHeuristicResult_t, kCandidates>& candidates, int found) {
-  const MemoryScope scope(Category::workspace, "matmul");
-  const int64_t elements = std::max<int64_t>((g.batch - 1) * g.stride_c, 0) + g.m * g.row_c();
-  const Storage scratch(elements * size_of(g.out), Device::cuda);
-  struct Events {
-    cudaEvent_t start = nullptr, stop = nullptr;
-    Events() {
-      cuda_check(cudaEventCreate(&start), "cudaEventCreate");
-      cuda_check(cudaEventCreate(&stop), "cudaEventCreate");
-    }
-    ~Events() {
-      cudaEventDestroy(start);
-      cudaEventDestroy(stop);
-    }
-  } events;
-  int best = 0;
-  float best_time = 0;
-  for (int i = 0; i < found; ++i) {
-    const cublasLtMatmulAlgo_t& algorithm = candidates[static_cast<size_t>(i)].algo;
-    multiply(plan, algorithm, g, scratch.data());
-    cuda_check(cudaEventRecord(events.start, compute_stream()), "cudaEventRecord");
-    for (int run = 0; run < kTimedRuns; ++run) multiply(plan, algorithm, g, scratch.data());
-    cuda_check(cudaEventRecord(events.stop, compute_stream()), "cudaEventRecord");
-    cuda_check(cudaEventSynchronize(events.stop), "cudaEventSynchronize");
-    float time = 0;
-    cuda_check(cudaEventElapsedTime(&time, events.start, events.stop), "cudaEventElapsedTime");
-    if (i == 0 || time < best_time) best = i, best_time = time;
+struct Events {
+  cudaEvent_t start = nullptr, stop = nullptr;
+  Events() {
+    cuda_check(cudaEventCreate(&start), "cudaEventCreate");
+    cuda_check(cudaEventCreate(&stop), "cudaEventCreate");
   }
-  return candidates[static_cast<size_t>(best)].algo;
+  ~Events() {
+    cudaEventDestroy(start);
+    cudaEventDestroy(stop);
+  }
+  // Milliseconds of one of `runs` calls of f.
+  template <class F>
+  float time(int runs, const F& f) {
+    cuda_check(cudaEventRecord(start, compute_stream()), "cudaEventRecord");
+    for (int run = 0; run < runs; ++run) f();
+    cuda_check(cudaEventRecord(stop, compute_stream()), "cudaEventRecord");
+    cuda_check(cudaEventSynchronize(stop), "cudaEventSynchronize");
+    float total = 0;
+    cuda_check(cudaEventElapsedTime(&total, start, stop), "cudaEventElapsedTime");
+    return total / static_cast<float>(runs);
+  }
+};
+
+// The fastest of the candidates on this product's own operands: all once briefly, then the best few in turns, by their
+// medians. A product that adds to C must not run more than once on it, so it goes to a scratch matrix.
+cublasLtMatmulAlgo_t fastest(const Plan& plan, const Gemm& g, const cublasLtMatmulHeuristicResult_t* candidates,
+                             int found) {
+  constexpr size_t kFinalists = 5;
+  constexpr int kRounds = 7;
+  constexpr float kRoundMs = 0.5f;  // of a finalist's runs in one round
+  std::optional<Storage> scratch;
+  if (g.beta != 0) {
+    const MemoryScope scope(Category::workspace, "matmul");
+    const int64_t elements = std::max<int64_t>((g.batch - 1) * g.stride_c, 0) + g.m * g.row_c();
+    scratch.emplace(elements * size_of(g.out), Device::cuda);
+    cuda_check(cudaMemsetAsync(scratch->data(), 0, static_cast<size_t>(elements * size_of(g.out)), compute_stream()),
+               "cudaMemsetAsync");
+  }
+  void* const out = scratch ? scratch->data() : g.c;
+  Events events;
+  struct Contender {
+    cublasLtMatmulAlgo_t algorithm;
+    float first;
+    std::vector<float> times = {};
+  };
+  std::vector<Contender> contenders;
+  for (int i = 0; i < found; ++i) {
+    const cublasLtMatmulAlgo_t& algorithm = candidates[i].algo;
+    if (try_multiply(plan, algorithm, g, out) != CUBLAS_STATUS_SUCCESS) continue;
+    contenders.push_back({algorithm, events.time(2, [&] { try_multiply(plan, algorithm, g, out); })});
+  }
+  if (contenders.empty()) fail(Fault::device, "cuBLASLt ran none of its algorithms for the product {}", g.str());
+  std::stable_sort(contenders.begin(), contenders.end(),
+                   [](const Contender& a, const Contender& b) { return a.first < b.first; });
+  contenders.resize(std::min(contenders.size(), kFinalists), contenders.front());
+  const int runs = std::clamp(static_cast<int>(kRoundMs / std::max(contenders.front().first, 1e-3f)), 1, 50);
+  for (int round = 0; round < kRounds; ++round)
+    for (Contender& c : contenders)
+      c.times.push_back(events.time(runs, [&] { try_multiply(plan, c.algorithm, g, out); }));
+  const auto median = [](Contender& c) {
+    std::nth_element(c.times.begin(), c.times.begin() + kRounds / 2, c.times.end());
+    return c.times[kRounds / 2];
+  };
+  size_t best = 0;
+  for (size_t i = 1; i < contenders.size(); ++i)
+    if (median(contenders[i]) < median(contenders[best])) best = i;
+  return contenders[best].algorithm;
 }
 
 // The largest power of two, at most 256, that divides the address of each matrix of a batch.
@@ -129,7 +168,30 @@ uint32_t alignment_a(const Gemm& g) { return alignment(g.a, g.stride_a, g.dtype)
 uint32_t alignment_b(const Gemm& g) { return alignment(g.b, g.stride_b, g.dtype); }
 uint32_t alignment_c(const Gemm& g) { return alignment(g.c, g.stride_c, g.out); }
 
-Plan make_plan(const Gemm& g) {
+using Key = AlgorithmFile::Product;
+
+Key key_of(const Gemm& g) {
+  return {g.m, g.n, g.k, g.transpose_a, g.transpose_b, g.row_a(), g.row_b(), g.row_c(), static_cast<int64_t>(g.dtype),
+          static_cast<int64_t>(g.out), g.bias != nullptr, g.beta != 0, g.batch, g.stride_a,
+          g.stride_b, g.stride_c, int64_t{alignment_a(g)} << 32 | alignment_b(g), alignment_c(g)};
+}
+
+// The file's choice for this product, where there is one and this library still takes it.
+std::optional<cublasLtMatmulAlgo_t> kept_choice(const Plan& plan, const Key& key) {
+  const AlgorithmFile::Algorithm* const words = algorithm_file ? algorithm_file->find(key) : nullptr;
+  if (!words) return std::nullopt;
+  cublasLtMatmulAlgo_t algorithm;
+  static_assert(sizeof algorithm == sizeof *words);
+  std::memcpy(&algorithm, words, sizeof algorithm);
+  cublasLtMatmulHeuristicResult_t result{};
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoCheck(handle(), plan.description.get(), plan.first.get(), plan.second.get(), plan.result.get(),
+                              plan.result.get(), &algorithm, &result);
+  if (status != CUBLAS_STATUS_SUCCESS || result.workspaceSize > static_cast<size_t>(kWorkspace)) return std::nullopt;
+  return algorithm;
+}
+
+Plan make_plan(const Gemm& g, const Key& key) {
   Plan plan;
   cublasLtMatmulDesc_t description = nullptr;
   blas_check(cublasLtMatmulDescCreate(&description, CUBLAS_COMPUTE_32F, CUDA_R_32F), "description", g);
@@ -153,6 +215,11 @@ Plan make_plan(const Gemm& g) {
   plan.second = g.transpose_a ? layout(g, g.dtype, g.k, g.m, g.row_a(), g.stride_a)
                               : layout(g, g.dtype, g.m, g.k, g.row_a(), g.stride_a);
   plan.result = layout(g, g.out, g.m, g.n, g.row_c(), g.stride_c);
+  const bool timed = algorithm_choice == AlgorithmChoice::timed;
+  if (const auto kept = timed ? kept_choice(plan, key) : std::nullopt) {
+    plan.algorithm = *kept;
+    return plan;
+  }
 
   cublasLtMatmulPreference_t preference = nullptr;
   blas_check(cublasLtMatmulPreferenceCreate(&preference), "preference", g);
@@ -174,17 +241,14 @@ Plan make_plan(const Gemm& g) {
   if (found == 0) fail(Fault::device, "cuBLASLt has no algorithm for the product {}", g.str());
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cuda_check(cudaStreamIsCapturing(compute_stream(), &capture), "cudaStreamIsCapturing");
-  const bool timed = algorithm_choice == AlgorithmChoice::timed && found > 1 && capture == cudaStreamCaptureStatusNone;
-  plan.algorithm = timed ? fastest(plan, g, candidates, found) : candidates[0].algo;
+  plan.algorithm = candidates[0].algo;
+  if (timed && capture == cudaStreamCaptureStatusNone) {
+    plan.algorithm = fastest(plan, g, candidates.data(), found);
+    AlgorithmFile::Algorithm words;
+    std::memcpy(&words, &plan.algorithm, sizeof words);
+    if (algorithm_file) algorithm_file->keep(key, words);
+  }
   return plan;
-}
-
-using Key = std::array<int64_t, 18>;
-
-Key key_of(const Gemm& g) {
-  return {g.m, g.n, g.k, g.transpose_a, g.transpose_b, g.row_a(), g.row_b(), g.row_c(), static_cast<int64_t>(g.dtype),
-          static_cast<int64_t>(g.out), g.bias != nullptr, g.beta != 0, g.batch, g.stride_a, g.stride_b, g.stride_c,
-          int64_t{alignment_a(g)} << 32 | alignment_b(g), alignment_c(g)};
 }
 
 std::map<Key, Plan>& plans() {
@@ -199,6 +263,20 @@ void choose_algorithms(AlgorithmChoice choice) {
   algorithm_choice = choice;
 }
 
+std::string algorithm_machine() {
+  cudaDeviceProp properties{};
+  int device = 0;
+  cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+  cuda_check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  return fmt::format("{} cuBLASLt {}", properties.name, cublasLtGetVersion());
+}
+
+void keep_algorithms(const std::string& path) {
+  algorithm_file.reset();
+  plans().clear();
+  if (!path.empty()) algorithm_file.emplace(path, algorithm_machine());
+}
+
 void gemm(Cuda, const Gemm& g) {
   check_gemm(g);
   check(g.k > 0 && (g.dtype == DType::f32 || g.dtype == DType::bf16),
@@ -206,12 +284,12 @@ void gemm(Cuda, const Gemm& g) {
   if (g.m == 0 || g.n == 0 || g.batch == 0) return;
   const Key key = key_of(g);
   auto at = plans().find(key);
-  if (at == plans().end()) at = plans().emplace(key, make_plan(g)).first;
+  if (at == plans().end()) at = plans().emplace(key, make_plan(g, key)).first;
   const Plan& plan = at->second;
   if (g.bias)
     blas_check(cublasLtMatmulDescSetAttribute(plan.description.get(), CUBLASLT_MATMUL_DESC_BIAS_POINTER, &g.bias,
                                               sizeof g.bias), "bias", g);
-  multiply(plan, plan.algorithm, g, g.c);
+  blas_check(try_multiply(plan, plan.algorithm, g, g.c), "product", g);
 }
 
 }  // namespace weft

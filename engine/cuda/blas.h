@@ -1,5 +1,7 @@
 // Matrix products on the GPU over cuBLASLt, on the compute stream. Used by matmul, grouped matmul and Muon.
 #pragma once
+#include <string>
+
 #include "engine/cpu/gemm.h"
 
 namespace weft {
@@ -9,8 +11,13 @@ namespace weft {
 void gemm(Cuda, const Gemm& g);
 
 // How an algorithm is chosen: by timing cuBLASLt's candidates (the fastest; its sums may be ordered differently in
-// another process), or always its first one (the same in every process). Default: timed.
+// another process, unless a file hands the choice on), or always its first one (the same in every process; no file is
+// read). Default: timed. A product that is met first while a CUDA graph is captured takes the first one.
 enum class AlgorithmChoice { timed, first };
 void choose_algorithms(AlgorithmChoice choice);
+
+// The file that hands timed choices to the next process (engine/algorithm_file.h). Default, and "": none.
+void keep_algorithms(const std::string& path);
+std::string algorithm_machine();  // what such a file's choices hold for: this GPU and this cuBLASLt
 
 }  // namespace weft

@@ -1,0 +1,95 @@
+// The file of chosen algorithms: what is kept comes back; a file that is damaged, cut or another machine's does not.
+#include <doctest/doctest.h>
+
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+
+#include "engine/algorithm_file.h"
+
+using namespace weft;
+namespace fs = std::filesystem;
+
+namespace {
+
+// A folder of this test's own, gone at the end.
+struct Scratch {
+  fs::path path = fs::temp_directory_path() / ("weft-algorithms-test-" + std::to_string(getpid()));
+  Scratch() { fs::create_directories(path); }
+  ~Scratch() { fs::remove_all(path); }
+  fs::path operator/(const std::string& name) const { return path / name; }
+};
+
+AlgorithmFile::Product product(int64_t m) { return {m, -1, INT64_MAX}; }
+AlgorithmFile::Algorithm algorithm(uint64_t word) { return {word, UINT64_MAX}; }
+
+std::string content(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+}  // namespace
+
+TEST_CASE("choices come back on the same machine and only there") {
+  const Scratch scratch;
+  const fs::path path = scratch / "new" / "algorithms.txt";
+  {
+    AlgorithmFile file(path, "GPU 1");
+    CHECK(file.find(product(1)) == nullptr);
+    file.keep(product(1), algorithm(7));
+    file.keep(product(2), algorithm(8));
+    file.keep(product(1), algorithm(9));
+  }
+  const AlgorithmFile again(path, "GPU 1");
+  REQUIRE(again.find(product(1)));
+  CHECK(*again.find(product(1)) == algorithm(9));
+  CHECK(*again.find(product(2)) == algorithm(8));
+  CHECK(again.find(product(3)) == nullptr);
+  for (const auto& entry : fs::directory_iterator(path.parent_path())) CHECK(entry.path() == path);  // no draft is left
+
+  AlgorithmFile other(path, "GPU 2");
+  CHECK(other.find(product(1)) == nullptr);
+  other.keep(product(3), algorithm(1));
+  CHECK(AlgorithmFile(path, "GPU 1").find(product(1)) == nullptr);
+  CHECK(AlgorithmFile(path, "GPU 2").find(product(3)));
+}
+
+TEST_CASE("a damaged file is passed over and replaced") {
+  const Scratch scratch;
+  const fs::path path = scratch / "damaged.txt";
+  AlgorithmFile(path, "GPU").keep(product(1), algorithm(7));
+  const std::string whole = content(path);
+  std::string flipped = whole;
+  flipped[whole.find(" : ") + 10] ^= 1;
+  for (const std::string& damaged : {std::string(), std::string("rubbish\n"), whole.substr(0, whole.size() / 2),
+                                     whole.substr(0, whole.size() - 1), whole + whole, flipped}) {
+    std::ofstream(path, std::ios::binary) << damaged;
+    AlgorithmFile file(path, "GPU");
+    CHECK(file.find(product(1)) == nullptr);
+    file.keep(product(1), algorithm(7));
+    CHECK(content(path) == whole);
+  }
+}
+
+TEST_CASE("a place that cannot be written costs nothing but the file") {
+  const Scratch scratch;
+  const fs::path path = scratch / "a_file";
+  std::ofstream(path) << "x";
+  AlgorithmFile file(path / "below" / "algorithms.txt", "GPU");
+  file.keep(product(1), algorithm(7));
+  CHECK(*file.find(product(1)) == algorithm(7));
+}
+
+TEST_CASE("the file's default place is the user's cache folder") {
+  const auto with = [](const char* xdg, const char* home) {
+    xdg ? setenv("XDG_CACHE_HOME", xdg, 1) : unsetenv("XDG_CACHE_HOME");
+    home ? setenv("HOME", home, 1) : unsetenv("HOME");
+    return default_algorithm_file("NVIDIA H200 12");
+  };
+  CHECK(with("/cache", "/home/me") == "/cache/weft/gemm_NVIDIA_H200_12.txt");
+  CHECK(with("relative", "/home/me") == "/home/me/.cache/weft/gemm_NVIDIA_H200_12.txt");
+  CHECK(with(nullptr, "/home/me") == "/home/me/.cache/weft/gemm_NVIDIA_H200_12.txt");
+  CHECK(with(nullptr, nullptr) == "");
+}
