@@ -5,14 +5,14 @@
 #include "engine/ops.h"
 #if WEFT_CUDA
 #include "engine/cuda/blas.h"
-#include "engine/cuda/stream.h"
+#include "engine/cuda/vector.h"
 #endif
 
 namespace weft {
 namespace {
 
 // Column sums are taken over ranges of rows, then over the ranges in order: the result does not depend on scheduling.
-constexpr int64_t kRowRange = 128;
+constexpr int64_t kRowRange = 64;
 
 template <class T>
 void column_sums(Cpu, const T* x, int64_t rows, int64_t columns, T* y) {
@@ -26,31 +26,62 @@ void column_sums(Cpu, const T* x, int64_t rows, int64_t columns, T* y) {
 }
 
 #if WEFT_CUDA
+constexpr int kRowWarps = 8;
+
+// One block per kRowRange rows and the columns of 32 packs; each warp has its rows' packs on the way at once.
 template <class T>
-__global__ void sum_row_range(const T* x, int64_t rows, int64_t columns, float* partial) {
-  const int64_t c = blockIdx.x * int64_t{128} + threadIdx.x;
-  if (c >= columns) return;
-  const int64_t from = blockIdx.y * kRowRange, to = min(rows, from + kRowRange);
-  float total = 0;
-  for (int64_t r = from; r < to; ++r) total += static_cast<float>(x[r * columns + c]);
-  partial[blockIdx.y * columns + c] = total;
+__global__ void __launch_bounds__(kRowWarps * 32) sum_row_range(const T* x, int64_t rows, int64_t columns,
+                                                                float* partial) {
+  constexpr int kN = kPack<T>, kEach = kRowRange / kRowWarps;
+  __shared__ float sums[kRowWarps][32 * kN];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t c = (blockIdx.x * int64_t{32} + lane) * kN, first = blockIdx.y * kRowRange + warp;
+  Pack<T, kN> loaded[kEach];
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    const int64_t r = first + k * kRowWarps;
+    loaded[k] = load_pack<kN>(x + r * columns + c, r < rows ? columns - c : 0);
+  }
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    float total = 0;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) total += float(loaded[k].v[j]);
+    sums[warp][j * 32 + lane] = total;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < 32 * kN; i += blockDim.x) {
+    float total = 0;
+#pragma unroll
+    for (int w = 0; w < kRowWarps; ++w) total += sums[w][i];
+    const int64_t column = (blockIdx.x * int64_t{32} + i % 32) * kN + i / 32;
+    if (column < columns) partial[blockIdx.y * columns + column] = total;
+  }
 }
+// One block of 32 warps per 32 columns.
 template <class T>
 __global__ void sum_ranges(const float* partial, int64_t ranges, int64_t columns, T* y) {
-  const int64_t c = element_index();
-  if (c >= columns) return;
+  __shared__ float sums[32][33];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t c = blockIdx.x * int64_t{32} + lane;
   float total = 0;
-  for (int64_t r = 0; r < ranges; ++r) total += partial[r * columns + c];
-  y[c] = T(total);
+  if (c < columns)
+    for (int64_t r = warp; r < ranges; r += 32) total += partial[r * columns + c];
+  sums[warp][lane] = total;
+  __syncthreads();
+  total = warp_sum(sums[lane][warp]);
+  const int64_t column = blockIdx.x * int64_t{32} + warp;
+  if (lane == 0 && column < columns) y[column] = T(total);
 }
 template <class T>
 void column_sums(Cuda, const T* x, int64_t rows, int64_t columns, T* y) {
   const int64_t ranges = (rows + kRowRange - 1) / kRowRange;
   check(ranges <= 65535, "column sums of {} rows", rows);
   const Tensor partial = Tensor::empty({ranges, columns}, DType::f32, Device::cuda);
-  const dim3 blocks(static_cast<unsigned>((columns + 127) / 128), static_cast<unsigned>(ranges));
-  launch_blocks(sum_row_range<T>, blocks, 128, 0, x, rows, columns, partial.data<float>());
-  launch_elements(sum_ranges<T>, columns, static_cast<const float*>(partial.data<float>()), ranges, columns, y);
+  const auto blocks_of = [=](int64_t each) { return static_cast<unsigned>((columns + each - 1) / each); };
+  launch_blocks(sum_row_range<T>, dim3(blocks_of(32 * kPack<T>), static_cast<unsigned>(ranges)), kRowWarps * 32, 0, x,
+                rows, columns, partial.data<float>());
+  launch_blocks(sum_ranges<T>, blocks_of(32), 1024, 0, partial.data<float>(), ranges, columns, y);
 }
 #endif
 
