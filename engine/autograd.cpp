@@ -42,10 +42,14 @@ void accumulate(Node& node, const Tensor& dy) {
 NoGrad::NoGrad() : before_(recording) { recording = false; }
 NoGrad::~NoGrad() { recording = before_; }
 
+bool records(const std::vector<Tensor>& inputs) {
+  return recording && std::any_of(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.needs_grad(); });
+}
+
 Tensor record(const char* op, Tensor y, const std::vector<Tensor>& inputs, GradientFn gradient) {
   y.set_node(nullptr);
   if (recording) queued(op, y.shape(), Work::forward);
-  if (!recording || std::none_of(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.needs_grad(); })) return y;
+  if (!records(inputs)) return y;
   auto node = std::make_shared<Node>(op, next_order++, y.shape(), y.dtype());
   for (const Tensor& x : inputs) node->inputs.push_back(x.node());
   node->gradient = std::move(gradient);

@@ -28,6 +28,9 @@ struct Node {
   bool narrow_sums = false;
 };
 
+// Whether record() would attach a node to an op of these inputs: for an op that makes its gradients ahead.
+bool records(const std::vector<Tensor>& inputs);
+
 // Attaches a node to y when recording is on and an input needs a gradient; returns y.
 Tensor record(const char* op, Tensor y, const std::vector<Tensor>& inputs, GradientFn gradient);
 

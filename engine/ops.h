@@ -48,8 +48,8 @@ struct NormedSum {
 NormedSum add_rms_norm(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps, double p = 0,
                        RngKey key = {});
 // scale * table[ids]: ids i32 of any shape, table [V, D] -> [.., D] in `dtype`. The gradient is summed in a fixed
-// order, so it is deterministic; it has the table's dtype. An id outside the table reads as zeros and is reported by
-// the loader's check, not here.
+// order, so it is deterministic; it has the table's dtype, or is added to what a leaf has already. An id outside the
+// table reads as zeros and is reported by the loader's check, not here.
 Tensor embedding(const Tensor& ids, const Tensor& table, double scale, DType dtype);
 // Rotates interleaved pairs (2i, 2i+1) of the last R columns of x [B, T, H, D] by the angles of table (Su et al.,
 // 2021); leaves the first D-R columns. table f32 [>=T, R]: cos in even, sin in odd columns (engine/nn/rope.h makes it).
@@ -103,6 +103,17 @@ Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const T
 // overwrites the logits where no one else holds them. A target outside [0, V) throws on the CPU; on the GPU, which is
 // not waited for, it makes the loss and the row's gradient nan.
 Tensor cross_entropy(const Tensor& logits, const Tensor& targets);
+// cross_entropy of the logits x [.., D] times weight [V, D] transposed, of which only those of `chunk_rows` rows exist at
+// a time. The gradients are made along with the loss, so that backward has only to scale them.
+constexpr int64_t kLogitRows = 4096;
+Tensor linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& targets,
+                            int64_t chunk_rows = kLogitRows);
+struct Score {
+  Tensor loss;     // [] in f32 (f64 for f64): cross_entropy
+  Tensor correct;  // i32 []: count_correct
+};
+// Both of those logits, by chunks. Not differentiable.
+Score linear_score(const Tensor& x, const Tensor& weight, const Tensor& targets, int64_t chunk_rows = kLogitRows);
 // How many rows have their largest logit at the target (the lowest index among equals): i32 []. Not differentiable.
 Tensor count_correct(const Tensor& logits, const Tensor& targets);
 

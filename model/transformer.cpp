@@ -51,10 +51,10 @@ Transformer::Transformer(const Config& c, Scope s, const Rope& rope)
       }()),
       norm(s / "norm", c.hidden_size, c.rms_norm_eps), dropout{c.dropout} {}
 
-Output Transformer::operator()(const Tensor& tokens, const Mode& mode) const {
+Transformer::Hidden Transformer::hidden(const Tensor& tokens, const Mode& mode) const {
   check(tokens.rank() == 2 && tokens.size(1) <= config.max_seq_len, "tokens must be [B, T <= {}], found {}",
         config.max_seq_len, tokens.shape().str());
-  Output out;
+  Hidden out;
   const auto norm_before = [&](size_t block) -> const RmsNorm& {
     return block < blocks.size() ? blocks[block].attention_norm : norm;
   };
@@ -70,15 +70,29 @@ Output Transformer::operator()(const Tensor& tokens, const Mode& mode) const {
     out.routings.push_back(std::move(y.routing));
   }
   MemoryScope memory(Category::activation, "head");
-  out.logits = token_embedding.logits(dropout(stream.normed, mode));
+  out.x = dropout(stream.normed, mode);
   return out;
 }
 
-Loss Transformer::loss(const Tensor& tokens, const Tensor& targets, const Mode& mode) const {
-  Output out = (*this)(tokens, mode);
+Output Transformer::operator()(const Tensor& tokens, const Mode& mode) const {
+  Hidden h = hidden(tokens, mode);
   MemoryScope memory(Category::activation, "head");
-  const Tensor ce = cross_entropy(out.logits, targets);
-  return {out.aux ? add(ce, out.aux) : ce, ce, out.aux, std::move(out.routings)};
+  return {token_embedding.logits(h.x), h.aux, std::move(h.routings)};
+}
+
+Loss Transformer::loss(const Tensor& tokens, const Tensor& targets, const Mode& mode) const {
+  Hidden h = hidden(tokens, mode);
+  MemoryScope memory(Category::activation, "head");
+  const Tensor ce = token_embedding.cross_entropy(h.x, targets);
+  return {h.aux ? add(ce, h.aux) : ce, ce, h.aux, std::move(h.routings)};
+}
+
+Evaluated Transformer::evaluate(const Tensor& tokens, const Tensor& targets, DType compute) const {
+  const NoGrad no_grad;
+  Hidden h = hidden(tokens, {.compute = compute});
+  MemoryScope memory(Category::activation, "head");
+  const Score score = token_embedding.score(h.x, targets);
+  return {score.loss, score.correct, std::move(h.routings)};
 }
 
 Params counted_params(const Config& config) {

@@ -41,6 +41,12 @@ struct Loss {
   std::vector<Routing> routings;
 };
 
+struct Evaluated {
+  Tensor loss;                    // [] f32, the cross-entropy
+  Tensor correct;                 // [] i32: tokens whose largest logit is the target
+  std::vector<Routing> routings;
+};
+
 struct Transformer {
   Config config;
   Embedding token_embedding;
@@ -51,9 +57,17 @@ struct Transformer {
   // Throws Fault::config with all that is wrong with the configuration.
   Transformer(const Config& config, Scope scope);
   Output operator()(const Tensor& tokens, const Mode& mode) const;  // i32 [B, T]
+  // Of the logits only those of a part of the tokens exist at a time.
   Loss loss(const Tensor& tokens, const Tensor& targets, const Mode& mode) const;
+  Evaluated evaluate(const Tensor& tokens, const Tensor& targets, DType compute) const;  // not differentiable
 
  private:
+  struct Hidden {
+    Tensor x;  // [B, T, D], what the head takes
+    Tensor aux;
+    std::vector<Routing> routings;
+  };
+  Hidden hidden(const Tensor& tokens, const Mode& mode) const;
   Transformer(const Config& config, Scope scope, const Rope& rope);
 };
 

@@ -65,8 +65,29 @@ void ids_outside_the_table(Device d) {
   CHECK(table.grad().to_vector<float>() == std::vector<float>{0, 0, 20, 20});
 }
 
+// A tied table: the head's gradient is there when the embedding adds its rows.
+void rows_join_the_gradient(Device d) {
+  const Tensor table = leaf(floats({1, 2, 3, 4}, {2, 2}, d));
+  const Tensor y = embedding(ints({1, 1}, d), table, 10, DType::f32);
+  backward(sum(mul(y, matmul(floats({1, 0, 0, 1}, {2, 2}, d), table, Transpose::b))));
+  CHECK(table.grad().to_vector<float>() == std::vector<float>{30, 30, 40 + 30, 40 + 70});
+  const auto once = table.grad().to_vector<float>();
+  backward(sum(embedding(ints({0}, d), table, 10, DType::f32)));
+  CHECK(table.grad().to_vector<float>() == std::vector<float>{once[0] + 10, once[1] + 10, once[2], once[3]});
+}
+
+void nothing_recorded(Device d) {
+  const Tensor x = leaf(floats({1, 2, 3, 4}, {2, 2}, d)), weight = leaf(floats({1, 0, 0, 1, 1, 1}, {3, 2}, d));
+  const NoGrad no_grad;
+  const Tensor loss = linear_cross_entropy(x, weight, ints({0, 2}, d));
+  CHECK(!loss.needs_grad());
+  CHECK(loss.item() == doctest::Approx(linear_score(x, weight, ints({0, 2}, d), 1).loss.item()));
+}
+
 }  // namespace
 
+TEST_CASE("the embedding's rows are added to a gradient that is there") { rows_join_the_gradient(Device::cpu); }
+TEST_CASE("the head's loss makes no gradient where none is recorded") { nothing_recorded(Device::cpu); }
 TEST_CASE("the loss stays exact with logits that are infinite or huge") { extreme_logits(Device::cpu); }
 TEST_CASE("accuracy: the first of equals counts, a nan never does") { ties_and_nans(Device::cpu); }
 TEST_CASE("the loss's gradient takes the logits' memory only where no one else holds it") {
@@ -78,6 +99,7 @@ TEST_CASE("a target outside the vocabulary is refused") {
   CHECK_THROWS_WITH(cross_entropy(x, ints({0, -1}, Device::cpu)), doctest::Contains("target -1 of row 1"));
   CHECK_THROWS_WITH(cross_entropy(x, ints({2, 0}, Device::cpu)), doctest::Contains("target 2 of row 0"));
   CHECK_THROWS_AS(cross_entropy(x, ints({0}, Device::cpu)), Error);
+  CHECK_THROWS_WITH(linear_cross_entropy(x, x, ints({0, 2}, Device::cpu)), doctest::Contains("target 2 of row 1"));
 }
 
 TEST_SUITE("cuda") {
@@ -86,11 +108,15 @@ TEST_SUITE("cuda") {
     ties_and_nans(Device::cuda);
     memory_of_the_logits(Device::cuda);
     ids_outside_the_table(Device::cuda);
+    rows_join_the_gradient(Device::cuda);
+    nothing_recorded(Device::cuda);
   }
   TEST_CASE("a target outside the vocabulary makes the loss nan on the GPU") {
     const Tensor x = floats({1, 2, 3, 4}, {2, 2}, Device::cuda);
     CHECK(std::isnan(cross_entropy(x, ints({0, -1}, Device::cuda)).item()));
     CHECK(std::isnan(cross_entropy(x, ints({2, 0}, Device::cuda)).item()));
+    CHECK(std::isnan(linear_cross_entropy(x, x, ints({0, 2}, Device::cuda)).item()));
+    CHECK(linear_score(x, x, ints({1, -1}, Device::cuda)).correct.item() == 1);
   }
   // Rows of one word among thousands, so that runs are long: sums in another order would differ in bits.
   TEST_CASE("the gradients of embedding and rms_norm are the same bits every time") {

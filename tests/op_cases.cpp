@@ -8,6 +8,7 @@ std::vector<OpCase> op_cases() {
   add_layer_cases(cases);
   add_attention_cases(cases);
   add_expert_cases(cases);
+  add_head_cases(cases);
   return cases;
 }
 

@@ -49,5 +49,6 @@ void add_elementwise_cases(std::vector<OpCase>& cases);
 void add_layer_cases(std::vector<OpCase>& cases);
 void add_attention_cases(std::vector<OpCase>& cases);
 void add_expert_cases(std::vector<OpCase>& cases);
+void add_head_cases(std::vector<OpCase>& cases);
 
 }  // namespace weft

@@ -16,10 +16,10 @@ Evaluation evaluate_batches(const Transformer& model, const Loader& loader, cons
   BatchInput input(recipe.batch, recipe.seq, recipe.device);
   for (int64_t i = 0; i < batches; ++i) {  // nothing here waits for the device
     input.queue(loader.validation(i), 0);
-    const Output output = model(input.tokens(), {.compute = recipe.precision});
-    losses.push_back(cross_entropy(output.logits, input.targets()));
-    hits.push_back(count_correct(output.logits, input.targets()));
-    for (std::vector<Tensor>& layers = offsets.emplace_back(); const Routing& r : output.routings)
+    const Evaluated evaluated = model.evaluate(input.tokens(), input.targets(), recipe.precision);
+    losses.push_back(evaluated.loss);
+    hits.push_back(evaluated.correct);
+    for (std::vector<Tensor>& layers = offsets.emplace_back(); const Routing& r : evaluated.routings)
       layers.push_back(r.offsets);
     tokens += input.tokens().numel();
   }
