@@ -8,7 +8,10 @@
 #include <vector>
 
 #include "engine/allocator.h"
+#include "engine/cpu/exp.h"
 #include "engine/cpu/parallel.h"
+#include "engine/cpu/random_bits.h"
+#include "engine/cpu/widest.h"
 #include "engine/ops.h"
 #include "engine/ops/attention_kernels.h"
 #if WEFT_CUDA
@@ -54,7 +57,7 @@ void write_rows(const Rows<A>& rows, T* to, int64_t stride, int64_t time, int64_
 
 // out[0, n) += sum over j < count <= 4 of weights[j * weight_stride] * rows[j * row_stride + (0, n)]
 template <class A>
-void add_rows(A* __restrict out, const A* weights, int64_t weight_stride, const A* rows, int64_t row_stride,
+WEFT_WIDEST void add_rows(A* __restrict out, const A* weights, int64_t weight_stride, const A* rows, int64_t row_stride,
               int64_t count, int64_t n) {
   if (count == 4) {  // one pass over `out` for all four
     const A w0 = weights[0], w1 = weights[weight_stride];
@@ -95,16 +98,43 @@ void add_spread(A* sums, const A* weights, const A* rows, int64_t count, int64_t
   for (int64_t s = 0; s < keys; ++s) add_rows(sums + s * width, weights + s, time, rows, width, count, width);
 }
 
-// factors[s] = 1/(1-p) where the mask keeps the row's element s, else 0.
+// Which probabilities of some queries' rows are kept, 1/(1-p) or 0: [count, T].
 template <class A>
-void draw_factors(A* factors, const AttentionSize& a, int64_t row, int64_t keys) {
-  const uint64_t from = static_cast<uint64_t>(row * a.time);
-  const RngKey key = a.key.at_step();
-  Philox4 bits{};
-  for (int64_t s = 0; s < keys; ++s) {
-    const uint64_t i = from + static_cast<uint64_t>(s);
-    if (s == 0 || i % 4 == 0) bits = philox(key, i / 4);
-    factors[s] = bits.v[i % 4] < a.keep ? static_cast<A>(a.keep_scale) : A(0);
+WEFT_WIDEST void to_factors(const uint32_t* bits, uint32_t keep, A keep_scale, int64_t n, A* factors) {
+  for (int64_t s = 0; s < n; ++s) factors[s] = bits[s] < keep ? keep_scale : A(0);
+}
+template <class A>
+void draw_factors(A* factors, std::vector<uint32_t>& bits, const AttentionSize& a, int64_t row, int64_t count) {
+  const uint64_t from = static_cast<uint64_t>(row * a.time), before = from % 4;
+  const int64_t n = count * a.time;
+  bits.resize(static_cast<size_t>(n) + 4);
+  draw_bits(a.key.at_step(), from - before, n + static_cast<int64_t>(before), bits.data());
+  to_factors(bits.data() + before, a.keep, static_cast<A>(a.keep_scale), n, factors);
+}
+
+// row[s] = exp(row[s] - top) for s < n; returns their sum.
+template <class A>
+WEFT_WIDEST A exponentials(A* row, A top, int64_t n) {
+  for (int64_t s = 0; s < n; ++s) row[s] = loop_exp(row[s] - top);
+  constexpr int kSums = 16;  // side by side
+  A sums[kSums] = {}, total = 0;
+  int64_t s = 0;
+  for (; s + kSums <= n; s += kSums)
+    for (int j = 0; j < kSums; ++j) sums[j] += row[s + j];
+  for (const A sum : sums) total += sum;
+  for (; s < n; ++s) total += row[s];
+  return total;
+}
+
+// p[s] = the probability times its factor, ds[s] the gradient of the score, for s < n; before, p has the scores and ds
+// the gradients of the probabilities.
+template <class A>
+WEFT_WIDEST void score_gradients(A* p, A* ds, const A* factors, A scale, A lse, A delta, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t s = 0; s < n; ++s) {
+    const A prob = loop_exp(p[s] * scale - lse);
+    ds[s] = scale * prob * (ds[s] * factors[s] - delta);
+    p[s] = prob * factors[s];
   }
 }
 
@@ -128,7 +158,8 @@ void forward(Cpu, const AttentionSize& a, const T* q, const T* k, const T* v, T*
   using A = acc_t<T>;
   const int64_t time = a.time, dk = a.key_width, dv = a.value_width;
   parallel_for(int64_t{a.batch} * a.heads, 1, [=, &a](int64_t from, int64_t to) {
-    Rows<A> p(static_cast<size_t>(kQueries * time)), factors(static_cast<size_t>(time));
+    Rows<A> p(static_cast<size_t>(kQueries * time)), factors = p;
+    std::vector<uint32_t> bits;
     for (int64_t i = from; i < to; ++i) {
       const Head at(a, i);
       const Rows<A> queries = read_rows<A>(q + at.q, at.q_stride, time, dk);
@@ -138,19 +169,18 @@ void forward(Cpu, const AttentionSize& a, const T* q, const T* k, const T* v, T*
       for (int64_t t0 = 0; t0 < time; t0 += kQueries) {
         const int64_t count = std::min<int64_t>(kQueries, time - t0), last = t0 + count;
         row_products(p.data(), queries.data() + t0 * dk, keys.data(), count, last, time, dk);
+        if (a.drops) draw_factors(factors.data(), bits, a, at.rows + t0, count);
         for (int64_t r = 0; r < count; ++r) {
           const int64_t t = t0 + r;
           A* row = p.data() + r * time;
-          A top = row[0] * A(a.scale), total = 0;
+          A top = row[0] * A(a.scale);
           for (int64_t s = 0; s <= t; ++s) top = std::max(top, row[s] *= A(a.scale));
-          for (int64_t s = 0; s <= t; ++s) total += row[s] = std::exp(row[s] - top);
+          const A total = exponentials(row, top, t + 1);
           for (int64_t s = 0; s <= t; ++s) row[s] /= total;
           std::fill(row + t + 1, row + last, A(0));
           lse[at.rows + t] = top + std::log(total);
-          if (a.drops) {
-            draw_factors(factors.data(), a, at.rows + t, t + 1);
-            for (int64_t s = 0; s <= t; ++s) row[s] *= factors[s];
-          }
+          if (a.drops)
+            for (int64_t s = 0; s <= t; ++s) row[s] *= factors[static_cast<size_t>(r * time + s)];
         }
         add_weighted(out.data() + t0 * dv, p.data(), values.data(), count, last, time, dv);
       }
@@ -168,7 +198,8 @@ void backward(Cpu, const AttentionSize& a, const GradientTensors& g) {
   const A* lse = g.lse.data<A>();
   A* dk_heads = g.dk_heads.data<A>();
   parallel_for(int64_t{a.batch} * a.heads, 1, [=, &a](int64_t from, int64_t to) {
-    Rows<A> p(static_cast<size_t>(kQueries * time)), ds = p, factors(static_cast<size_t>(time), A(1));
+    Rows<A> p(static_cast<size_t>(kQueries * time)), ds = p, factors(p.size(), A(1));
+    std::vector<uint32_t> bits;
     for (int64_t i = from; i < to; ++i) {
       const Head at(a, i);
       const Rows<A> queries = read_rows<A>(q + at.q, at.q_stride, time, dk);
@@ -183,16 +214,12 @@ void backward(Cpu, const AttentionSize& a, const GradientTensors& g) {
         const int64_t count = std::min<int64_t>(kQueries, time - t0), last = t0 + count;
         row_products(p.data(), queries.data() + t0 * dk, key_columns.data(), count, last, time, dk);
         row_products(ds.data(), dys.data() + t0 * dv, value_columns.data(), count, last, time, dv);
+        if (a.drops) draw_factors(factors.data(), bits, a, at.rows + t0, count);
         for (int64_t r = 0; r < count; ++r) {
           const int64_t t = t0 + r;
           A *p_row = p.data() + r * time, *ds_row = ds.data() + r * time, delta = 0;
           for (int64_t d = 0; d < dv; ++d) delta += dys[t * dv + d] * outputs[t * dv + d];
-          if (a.drops) draw_factors(factors.data(), a, at.rows + t, t + 1);
-          for (int64_t s = 0; s <= t; ++s) {
-            const A prob = std::exp(p_row[s] * A(a.scale) - lse[at.rows + t]);
-            ds_row[s] = A(a.scale) * prob * (ds_row[s] * factors[s] - delta);
-            p_row[s] = prob * factors[s];
-          }
+          score_gradients(p_row, ds_row, factors.data() + r * time, A(a.scale), lse[at.rows + t], delta, t + 1);
           std::fill(p_row + t + 1, p_row + last, A(0));
           std::fill(ds_row + t + 1, ds_row + last, A(0));
         }

@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "engine/cpu/parallel.h"
+#include "engine/cpu/widest.h"
 #include "engine/dtype.h"
 #if WEFT_CUDA
 #include "engine/cuda/stream.h"
@@ -13,12 +14,16 @@
 
 namespace weft {
 
+template <class F, class Y, class... X>
+WEFT_WIDEST void map_range(int64_t from, int64_t to, F f, Y* y, const X*... x) {
+#pragma GCC ivdep
+  for (int64_t i = from; i < to; ++i) y[i] = Y(f(static_cast<acc_t<Y>>(x[i])...));
+}
+
 // y[i] = f(x[i]...). An x may be y itself.
 template <class F, class Y, class... X>
 void map_elements(Cpu, int64_t n, F f, Y* y, const X*... x) {
-  parallel_for(n, 4096, [=](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) y[i] = Y(f(static_cast<acc_t<Y>>(x[i])...));
-  });
+  parallel_for(n, 4096, [=](int64_t from, int64_t to) { map_range(from, to, f, y, x...); });
 }
 
 // y[i] = f(i).

@@ -4,34 +4,52 @@
 #include <algorithm>
 
 #include "engine/cpu/parallel.h"
-#include "engine/random.h"
+#include "engine/cpu/random_bits.h"
+#include "engine/cpu/widest.h"
 #if WEFT_CUDA
 #include "engine/cuda/vector.h"
 #endif
 
 namespace weft {
 
-// Whether element i is kept; asked in order, neighbours share one Philox call.
+// Elements of a mask that the CPU draws at once.
+constexpr int64_t kDrawn = 512;
+
+// Whether element i is kept; asked in order, neighbours are drawn together.
 class MaskReader {
  public:
   explicit MaskReader(Mask mask) : mask_(mask) { mask_.key = mask.key.at_step(); }
   bool operator()(int64_t i) {
-    if (i / 8 != group_) group_ = i / 8, kept_ = Kept8(mask_, static_cast<uint64_t>(group_));
-    return kept_[static_cast<int>(i % 8)];
+    if (i < from_ || i >= from_ + kDrawn) {
+      from_ = i / 8 * 8;
+      draw_halves(mask_.key, static_cast<uint64_t>(from_), kDrawn, halves_);
+    }
+    return halves_[i - from_] < mask_.threshold;
   }
 
  private:
   Mask mask_;
-  int64_t group_ = -1;
-  Kept8 kept_;
+  int64_t from_ = -kDrawn;
+  uint16_t halves_[kDrawn];
 };
+
+template <class T, class F, class... X>
+WEFT_WIDEST void map_drawn(const uint16_t* halves, uint32_t threshold, int64_t n, F f, T* y, const X*... x) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) y[i] = T(f(halves[i] < threshold, acc_t<T>(x[i])...));
+}
 
 // y[i] = f(whether i is kept, x[i]...) in T's accumulation type. An x may be y itself.
 template <class T, class F, class... X>
 void map_masked(Cpu, int64_t n, Mask mask, F f, T* y, const X*... x) {
-  parallel_for((n + 7) / 8, 512, [=](int64_t from, int64_t to) {
-    MaskReader kept(mask);
-    for (int64_t i = from * 8; i < std::min(n, to * 8); ++i) y[i] = T(f(kept(i), acc_t<T>(x[i])...));
+  mask.key = mask.key.at_step();
+  parallel_for((n + kDrawn - 1) / kDrawn, 8, [=](int64_t first, int64_t last) {
+    uint16_t halves[kDrawn];
+    for (int64_t from = first * kDrawn; from < std::min(n, last * kDrawn); from += kDrawn) {
+      const int64_t count = std::min(kDrawn, n - from);
+      draw_halves(mask.key, static_cast<uint64_t>(from), count, halves);
+      map_drawn(halves, mask.threshold, count, f, y + from, x + from...);
+    }
   });
 }
 

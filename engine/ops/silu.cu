@@ -1,6 +1,5 @@
 // y = x s, s = 1 / (1 + exp(-x)); dx = dy s (1 + x (1 - s)).
-#include <cmath>
-
+#include "engine/cpu/exp.h"
 #include "engine/ops.h"
 #include "engine/ops/elementwise.h"
 
@@ -10,13 +9,13 @@ namespace {
 struct Silu {
   template <class A>
   WEFT_HD A operator()(A x) const {
-    return x / (1 + exp(-x));
+    return x / (1 + loop_exp(-x));
   }
 };
 struct SiluGradient {
   template <class A>
   WEFT_HD A operator()(A x, A dy) const {
-    const A s = 1 / (1 + exp(-x));
+    const A s = 1 / (1 + loop_exp(-x));
     return dy * s * (1 + x * (1 - s));
   }
 };

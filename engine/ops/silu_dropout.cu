@@ -1,7 +1,6 @@
 // y = x s / (1 - p) where kept, else 0, s = 1 / (1 + exp(-x)); dx = dy s (1 + x (1 - s)) / (1 - p) where kept, else 0.
 // Only x is saved: neither silu(x) nor the mask.
-#include <cmath>
-
+#include "engine/cpu/exp.h"
 #include "engine/ops.h"
 #include "engine/ops/masked.h"
 
@@ -11,14 +10,18 @@ namespace {
 template <class A>
 struct SiluDropout {
   A scale;
-  WEFT_HD A operator()(bool kept, A x) const { return kept ? x / (1 + exp(-x)) * scale : A(0); }
+  WEFT_HD A operator()(bool kept, A x) const {
+    const A y = x / (1 + loop_exp(-x)) * scale;
+    return kept ? y : A(0);
+  }
 };
 template <class A>
 struct SiluDropoutGradient {
   A scale;
   WEFT_HD A operator()(bool kept, A x, A dy) const {
-    const A s = 1 / (1 + exp(-x));
-    return kept ? dy * scale * s * (1 + x * (1 - s)) : A(0);
+    const A s = 1 / (1 + loop_exp(-x));
+    const A dx = dy * scale * s * (1 + x * (1 - s));
+    return kept ? dx : A(0);
   }
 };
 

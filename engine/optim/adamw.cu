@@ -7,6 +7,7 @@
 #include "engine/allocator.h"
 #include "engine/autograd.h"
 #include "engine/cpu/parallel.h"
+#include "engine/cpu/widest.h"
 #if WEFT_CUDA
 #include "engine/cuda/stream.h"
 #endif
@@ -57,6 +58,12 @@ WEFT_HD inline void update(const Slot& s, int64_t i, const Coefficients& c) {
   if (s.copy) s.copy[i] = bf16(s.w[i]);
 }
 
+template <class G>
+WEFT_WIDEST void update_range(const Slot& s, int64_t from, int64_t to, const Coefficients& c) {
+#pragma GCC ivdep
+  for (int64_t i = from; i < to; ++i) update<G>(s, i, c);
+}
+
 void begin(Cpu, Progress* p, const UpdateState* state, const AdamWOptions& o, double learning_rate) {
   begin(p, *state, o, learning_rate);
 }
@@ -64,7 +71,7 @@ void update_all(Cpu, const std::vector<Slot>& slots, const Progress* p) {
   if (!p->applies) return;
   for (const Slot& s : slots)
     parallel_for(s.n, 4096, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) s.narrow ? update<bf16>(s, i, p->c) : update<float>(s, i, p->c);
+      s.narrow ? update_range<bf16>(s, from, to, p->c) : update_range<float>(s, from, to, p->c);
     });
 }
 
