@@ -75,11 +75,9 @@ class Works {
  public:
   Works(const StepSize& size, const Capability& device) : value_(static_cast<double>(size.value_bytes)), device_(device) {}
 
-  // `count` products [m, k] x [k, n]; `weights` matrices [k, n] are read or, in f32, written.
-  enum class Gives : uint8_t { activations, weights };
-  void products(const std::string& piece, Gives gives, double m, double k, double n, double weights, double count) {
-    const double flops = 2 * m * k * n;
-    const double bytes = value_ * m * (k + n) + (gives == Gives::weights ? kGradientBytes : value_) * weights * k * n;
+  // `count` products of [m, k] with `weights` matrices [k, n], which are read or, as gradients, written.
+  void products(const std::string& piece, double m, double k, double n, double weights, double count) {
+    const double flops = 2 * m * k * n, bytes = value_ * (m * (k + n) + weights * k * n);
     add(piece, count * flops, count * bytes, count * std::max(flops / device_.flops, bytes / device_.bytes));
   }
   void pass(const std::string& piece, double bytes) { add(piece, 0, bytes, bytes / device_.bytes); }
@@ -88,8 +86,6 @@ class Works {
   std::map<std::string, PieceWork> all;
 
  private:
-  static constexpr double kGradientBytes = 4;
-
   void add(const std::string& piece, double flops, double bytes, double seconds) {
     PieceWork& w = all[piece];
     w.flops += flops, w.bytes += bytes, w.floor_ms += 1e3 * seconds;
@@ -128,7 +124,7 @@ const std::vector<std::string>& piece_names() {
 }
 
 // N tokens, D width, L layers, E experts of which a token uses K, F their hidden width, V vocabulary, P parameters,
-// s bytes of an activation or of a weight as products read it; weights, their gradients and AdamW's state are f32.
+// s bytes of an activation, and of a weight and its gradient where products read and write them; what AdamW keeps is f32.
 std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& size, const Capability& device) {
   const auto number = [](int64_t x) { return static_cast<double>(x); };
   const double n = number(size.batch * size.seq), d = number(c.hidden_size), layers = number(c.layers);
@@ -136,7 +132,6 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
   const double s = number(size.value_bytes), parameters = number(parameter_count(c));
   const AttentionRow& row = attention_row(c.attention);
   Works works(size, device);
-  using Gives = Works::Gives;
 
   const Params params = counted_params(c);
   double matrices = 0;  // elements that products read
@@ -144,9 +139,9 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
     if (p.kind != Kind::vector) matrices += number(p.shape.numel());
     if (p.kind == Kind::matrix && p.shape.rank() == 2 && p.name.find(".attention.") != std::string::npos) {
       const double out = number(p.shape[0]), in = number(p.shape[1]);
-      works.products("projections, forward", Gives::activations, n, in, out, 1, 1);
-      works.products("projections, backward", Gives::activations, n, out, in, 1, 1);  // dx = dy w
-      works.products("projections, backward", Gives::weights, n, in, out, 1, 1);      // dw = dy^T x
+      works.products("projections, forward", n, in, out, 1, 1);
+      works.products("projections, backward", n, out, in, 1, 1);  // dx = dy w
+      works.products("projections, backward", n, in, out, 1, 1);      // dw = dy^T x
     }
     // A latent's norm: x read, y written; x, dy read, dx written.
     if (p.kind == Kind::vector && p.name.find(".attention.") != std::string::npos && p.name.ends_with(".weight"))
@@ -176,19 +171,20 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
   // Gather: x read, rows written; dy read, dx written. Combine: the other way round, and y again for the weights.
   works.pass("expert rows", layers * s * d * (4 * n + 5 * rows));
   for (const auto& [in, out] : {std::pair(d, f), std::pair(f, d)}) {
-    works.products("experts, forward", Gives::activations, rows, in, out, experts, layers);
+    works.products("experts, forward", rows, in, out, experts, layers);
     const bool whole = size.device == Device::cpu;  // where only ops are timed
-    works.products(whole ? "experts, backward" : "experts, input gradient", Gives::activations, rows, out, in, experts, layers);
-    works.products(whole ? "experts, backward" : "experts, weight gradient", Gives::weights, rows, in, out, experts, layers);
+    works.products(whole ? "experts, backward" : "experts, input gradient", rows, out, in, experts, layers);
+    works.products(whole ? "experts, backward" : "experts, weight gradient", rows, in, out, experts, layers);
   }
   works.avoidable_pass("expert activation", layers * 5 * s * rows * f);
-  works.products("head", Gives::activations, n, d, v, 1, 1);
-  works.products("head", Gives::activations, n, v, d, 1, 1);
-  works.products("head", Gives::weights, n, d, v, 1, 1);
+  works.products("head", n, d, v, 1, 1);
+  works.products("head", n, v, d, 1, 1);
+  works.products("head", n, d, v, 1, 1);
   works.pass("cross-entropy", 2 * s * n * v);  // logits read, their gradient written over them
   if (size.value_bytes != 4) works.avoidable_pass("weight casts", (4 + s) * matrices);
-  works.avoidable_pass("gradient norm", 4 * parameters);
-  works.pass("optimizer", 28 * parameters);  // w, g, m, v read; w, m, v written
+  works.avoidable_pass("gradient norm", s * parameters);
+  // w, m, v and the gradient read; w, m, v and, where products read another type, a copy of w in it written.
+  works.pass("optimizer", (24 + s + (s == 4 ? 0 : s)) * parameters);
   return std::move(works.all);
 }
 

@@ -237,12 +237,13 @@ def main():
     parser.add_argument("--compile", default="default",
                         help="mode of torch.compile, or none; several, joined by commas: each is timed, the fastest kept")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=0, help="0: the preset's; fewer compile sooner")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's own choice")
     a = parser.parse_args()
     torch.set_float32_matmul_precision("high" if a.device == "cuda" else "highest")
     if a.threads:
         torch.set_num_threads(a.threads)
-    c = PRESETS[a.preset]
+    c = PRESETS[a.preset] | ({"layers": a.layers} if a.layers else {})
     best = []
     for name in a.configs.split(","):
         tried = [bench(name, c, a.device, mode, a.steps) for mode in a.compile.split(",")]
