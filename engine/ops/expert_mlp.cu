@@ -69,51 +69,83 @@ void backward(Cpu, const Activation<A>& f, T* da, const T* h, T* dh, A* dweights
 }
 
 #if WEFT_CUDA
-constexpr int kWidth = 8;  // elements a thread takes at a time: those of one drawing of the mask
+constexpr int kStep = 32 * 8;  // elements of a row that a warp takes at once, 8 a lane: those of one drawing
 
-// One block per row.
-template <class T>
-__global__ void activate_rows(Activation<float> f, const T* h, T* a) {
-  const int64_t row = blockIdx.x;
-  const float weight = f.scale * f.weights[f.sources[row]];
-  f.mask.key = f.mask.key.at_step();
-  for (int64_t at = threadIdx.x * kWidth; at < f.width; at += blockDim.x * kWidth) {
-    const int64_t i = row * f.width + at;
-    auto values = load_pack<kWidth>(h + i, f.width - at);
-    const uint32_t kept = f.drops ? kept_bits(f.mask, i) : ~0u;
+// kWhole: rows are a multiple of kStep and start on 16 bytes.
+template <bool kWhole, class T>
+__device__ Pack<T, 8> load_eight(const T* p, int64_t left) {
+  if constexpr (kWhole) {
+    Pack<T, 8> pack;
+    uint4 raw[sizeof(T) / 2];
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) values.v[j] = activate<T>(float(values.v[j]), weight, kept >> j & 1);
-    store_pack(a + i, values, f.width - at);
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) raw[i] = reinterpret_cast<const uint4*>(p)[i];
+    memcpy(&pack, raw, sizeof pack);
+    return pack;
+  } else {
+    return load_pack<8>(p, left);
   }
 }
-template <class T>
-__global__ void activate_rows_backward(Activation<float> f, T* da, const T* h, T* dh, float* dweights) {
-  const int64_t row = blockIdx.x;
-  const float weight = f.scale * f.weights[f.sources[row]];
+template <bool kWhole, class T>
+__device__ void store_eight(T* p, const Pack<T, 8>& pack, int64_t left) {
+  if constexpr (kWhole) {
+    uint4 raw[sizeof(T) / 2];
+    memcpy(raw, &pack, sizeof pack);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) reinterpret_cast<uint4*>(p)[i] = raw[i];
+  } else {
+    store_pack(p, pack, left);
+  }
+}
+
+// One warp per row: at 16384 rows of 3072 in bf16 73 us forward and 109 us backward on an H200, where a block per row
+// took 96 and 203 us.
+template <bool kWhole, class T>
+__global__ void __launch_bounds__(256, 4) activate_rows(Activation<float> f, const T* h, T* a) {
+  const int64_t row = element_index() / 32, begin = row * f.width;
+  if (row >= f.rows) return;
+  f.mask.key = f.mask.key.at_step();
+  for (int64_t at = threadIdx.x % 32 * 8; at < f.width; at += kStep) {
+    auto values = load_eight<kWhole>(h + begin + at, f.width - at);
+    const float weight = f.scale * f.weights[f.sources[row]];
+    const uint32_t kept = f.drops ? kept_bits<kWhole>(f.mask, begin + at) : ~0u;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) values.v[j] = activate<T>(float(values.v[j]), weight, kept >> j & 1);
+    store_eight<kWhole>(a + begin + at, values, f.width - at);
+  }
+}
+template <bool kWhole, class T>
+__global__ void __launch_bounds__(256, 4) activate_rows_backward(Activation<float> f, T* da, const T* h, T* dh,
+                                                                 float* dweights) {
+  const int64_t row = element_index() / 32, begin = row * f.width;
+  if (row >= f.rows) return;
   f.mask.key = f.mask.key.at_step();
   float dot = 0;
-  for (int64_t at = threadIdx.x * kWidth; at < f.width; at += blockDim.x * kWidth) {
-    const int64_t i = row * f.width + at;
-    auto values = load_pack<kWidth>(h + i, f.width - at), das = load_pack<kWidth>(da + i, f.width - at);
-    const uint32_t kept = f.drops ? kept_bits(f.mask, i) : ~0u;
+  for (int64_t at = threadIdx.x % 32 * 8; at < f.width; at += kStep) {
+    auto values = load_eight<kWhole>(h + begin + at, f.width - at);
+    auto das = load_eight<kWhole>(da + begin + at, f.width - at);
+    const float weight = f.scale * f.weights[f.sources[row]];
+    const uint32_t kept = f.drops ? kept_bits<kWhole>(f.mask, begin + at) : ~0u;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) dot += activate_backward<T>(das.v[j], values.v[j], weight, kept >> j & 1);
-    store_pack(da + i, das, f.width - at);
-    store_pack(dh + i, values, f.width - at);
+    for (int j = 0; j < 8; ++j) dot += activate_backward<T>(das.v[j], values.v[j], weight, kept >> j & 1);
+    store_eight<kWhole>(da + begin + at, das, f.width - at);
+    store_eight<kWhole>(dh + begin + at, values, f.width - at);
   }
-  dot = block_sum(dot);
-  if (threadIdx.x == 0) dweights[f.sources[row]] = f.scale * dot;
+  dot = warp_sum(dot);
+  if (threadIdx.x % 32 == 0) dweights[f.sources[row]] = f.scale * dot;
 }
-unsigned threads_of(int64_t width) { return row_threads<bf16>(width, 512); }
 
+template <class... P>
+bool whole(const Activation<float>& f, const P*... p) {
+  return f.width % kStep == 0 && ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
+}
 template <class T>
 void forward(Cuda, const Activation<float>& f, const T* h, T* a) {
-  launch_blocks(activate_rows<T>, static_cast<unsigned>(f.rows), threads_of(f.width), 0, f, h, a);
+  launch_elements(whole(f, h, a) ? activate_rows<true, T> : activate_rows<false, T>, f.rows * 32, f, h, a);
 }
 template <class T>
 void backward(Cuda, const Activation<float>& f, T* da, const T* h, T* dh, float* dweights) {
-  launch_blocks(activate_rows_backward<T>, static_cast<unsigned>(f.rows), threads_of(f.width), 0, f, da, h, dh,
-                dweights);
+  launch_elements(whole(f, da, h, dh) ? activate_rows_backward<true, T> : activate_rows_backward<false, T>, f.rows * 32,
+                  f, da, h, dh, dweights);
 }
 #endif
 
