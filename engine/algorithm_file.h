@@ -13,8 +13,8 @@ class AlgorithmFile {
   using Product = std::array<int64_t, 18>;   // shape, layout, types
   using Algorithm = std::array<uint64_t, 8>;  // what cuBLASLt calls one, opaque
 
-  // Reads the file where there is one. `machine` is what its choices hold for (one line: the GPU and the library); a
-  // file of another machine, or one that is damaged, is passed over with a note on stderr and replaced by the next keep().
+  // Reads the file where there is one. `machine` is what its choices hold for (one line: the GPU and the library). A
+  // file of another machine, or a damaged one, is passed over with a note on stderr and replaced by the next keep().
   AlgorithmFile(const std::string& path, const std::string& machine);
   const Algorithm* find(const Product& product) const;  // nullptr: not known
   // Adds a choice and replaces the file whole (written beside it, then renamed). Where that fails, a note on stderr

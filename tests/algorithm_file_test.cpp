@@ -1,4 +1,5 @@
 // The file of chosen algorithms: what is kept comes back; a file that is damaged, cut or another machine's does not.
+// And products on the GPU that go by it.
 #include <doctest/doctest.h>
 
 #include <unistd.h>
@@ -8,6 +9,10 @@
 #include <fstream>
 
 #include "engine/algorithm_file.h"
+#include "engine/ops.h"
+#if WEFT_CUDA
+#include "engine/cuda/blas.h"
+#endif
 
 using namespace weft;
 namespace fs = std::filesystem;
@@ -92,4 +97,33 @@ TEST_CASE("the file's default place is the user's cache folder") {
   CHECK(with("relative", "/home/me") == "/home/me/.cache/weft/gemm_NVIDIA_H200_12.txt");
   CHECK(with(nullptr, "/home/me") == "/home/me/.cache/weft/gemm_NVIDIA_H200_12.txt");
   CHECK(with(nullptr, nullptr) == "");
+}
+
+TEST_SUITE("cuda") {
+  TEST_CASE("a product repeats its bits: with the choice that the file hands on, and with the first algorithm") {
+#if WEFT_CUDA
+    const Scratch scratch;
+    const std::string path = scratch / "algorithms.txt";
+    const Tensor a = Tensor::empty({640, 768}, DType::bf16, Device::cuda), b = Tensor::like(a, {768, 512});
+    fill_normal(a, 1, {1, 1}), fill_normal(b, 1, {1, 2});
+    const auto product = [&] {
+      std::vector<uint16_t> bits;
+      for (const bf16 x : matmul(a, b).to_vector<bf16>()) bits.push_back(x.bits);
+      return bits;
+    };
+    keep_algorithms(path);
+    const auto timed = product();
+    const std::string kept = content(path);
+    CHECK(kept.find(algorithm_machine()) != std::string::npos);
+    keep_algorithms(path);  // as the next process would
+    CHECK(product() == timed);
+    CHECK(content(path) == kept);  // nothing was timed again
+
+    choose_algorithms(AlgorithmChoice::first);
+    const auto first = product();
+    keep_algorithms("");
+    CHECK(product() == first);
+    choose_algorithms(AlgorithmChoice::timed);
+#endif
+  }
 }

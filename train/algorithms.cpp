@@ -16,8 +16,8 @@ Json applied{{"gemm_algorithms", nullptr}, {"gemm_cache", nullptr}};
 
 void AlgorithmOptions::add_to(CLI::App& app) {
   app.add_flag("--deterministic", deterministic,
-               "matrix products take the library's first algorithm instead of the fastest timed one, so that a run can be "
-               "repeated bit by bit");
+               "matrix products take the library's first algorithm instead of the fastest timed one, so that a run can "
+               "be repeated bit by bit");
   app.add_option("--gemm-cache", file,
                  "file that keeps the timed algorithms for the next run, or none (default: in the user's cache folder)")
       ->take_last();
@@ -27,7 +27,8 @@ void AlgorithmOptions::apply(Device device) const {
 #if WEFT_CUDA
   if (device != Device::cuda) return;
   choose_algorithms(deterministic ? AlgorithmChoice::first : AlgorithmChoice::timed);
-  const std::string path = deterministic || file == "none" ? "" : file.empty() ? default_algorithm_file(algorithm_machine()) : file;
+  std::string path = file.empty() ? default_algorithm_file(algorithm_machine()) : file;
+  if (deterministic || file == "none") path.clear();
   keep_algorithms(path);
   applied["gemm_algorithms"] = deterministic ? "first" : "timed";
   applied["gemm_cache"] = path.empty() ? Json(nullptr) : Json(path);

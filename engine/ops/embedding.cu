@@ -208,7 +208,8 @@ void backward(Cuda, const int32_t* ids, const Y* dy, G* dtable, int64_t n, int64
   float* const opened = sums.data<float>();
   float* const closed = opened + parts * d;
   const auto blocks = [&](int64_t columns) {
-    return dim3(static_cast<unsigned>((parts + kWarps - 1) / kWarps), static_cast<unsigned>((d + columns - 1) / columns));
+    return dim3(static_cast<unsigned>((parts + kWarps - 1) / kWarps),
+                static_cast<unsigned>((d + columns - 1) / columns));
   };
   launch_blocks(embedding_backward<G, Y>, blocks(32 * kPack<Y>), kWarps * 32, 0, sorted_keys, sorted_rows, dy, dtable,
                 opened, closed, n, static_cast<uint32_t>(vocabulary), d, static_cast<float>(scale), add);
@@ -249,7 +250,8 @@ Tensor embedding(const Tensor& ids, const Tensor& table, double scale, DType dty
                   const Tensor dtable = add ? node->grad : Tensor::empty({vocabulary, d}, table_dtype, dy.device());
                   on_device(dy.device(), [&](auto device) {
                     dispatch_both(device, dtable.dtype(), dy.dtype(), [&]<class G, class Y>() {
-                      backward(device, ids.data<int32_t>(), dy.data<Y>(), dtable.data<G>(), n, vocabulary, d, scale, add);
+                      backward(device, ids.data<int32_t>(), dy.data<Y>(), dtable.data<G>(), n, vocabulary, d, scale,
+                               add);
                     });
                   });
                   return {add ? Tensor{} : dtable};

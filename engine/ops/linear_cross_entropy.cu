@@ -1,5 +1,5 @@
-// loss = mean over rows of (lse(z) - z[target]) with z = x w^T, for a vocabulary so large that z and its gradient should
-// never exist whole. Rows go in chunks: their logits, then in one pass their losses and, over the logits, their
+// loss = mean over rows of (lse(z) - z[target]) with z = x w^T, for a vocabulary so large that z and its gradient
+// should never exist whole. Rows go in chunks: their logits, then in one pass their losses and, over the logits, their
 // gradient dz = (softmax(z) - 1 at the target) / rows, then dx = dz w and dw += dz^T x. So the gradients are made in
 // the forward pass, for a loss that backward starts from with 1, and backward only multiplies them by what came.
 #include <algorithm>
@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kThreads, 2) row_losses_kernel(T* z, const int
     for (int j = 0; j < kN; ++j) here = fmaxf(here, pack.v[j]);
     if (!kGradient && here >= at_target) {
 #pragma unroll
-      for (int j = 0; j < kN; ++j) first = first && (at * kN + j < target ? pack.v[j] < at_target : pack.v[j] <= at_target);
+      for (int j = 0; j < kN; ++j)
+        first = first && (at * kN + j < target ? pack.v[j] < at_target : pack.v[j] <= at_target);
     }
     here = fmaxf(here, largest);
     const float shift = here == -INFINITY ? 0.0f : here * kLog2e;  // nothing but -inf so far: -inf + inf would be nan
@@ -206,8 +207,8 @@ Head checked(const char* op, const Tensor& x, const Tensor& weight, const Tensor
   check(x.rank() >= 1 && weight.rank() == 2 && x.size(-1) == weight.size(1) && x.numel() > 0 && weight.numel() > 0 &&
             x.dtype() == weight.dtype() && x.device() == weight.device() && targets.dtype() == DType::i32 &&
             targets.device() == x.device() && targets.numel() == x.shape().rows() && chunk > 0,
-        "{} needs x [.., D], weight [V, D] of its dtype and one i32 target per row on one device, found {} {} on {}, {} "
-        "{} on {} and {} {} on {}, by {} rows",
+        "{} needs x [.., D], weight [V, D] of its dtype and one i32 target per row on one device, found {} {} on {}, "
+        "{} {} on {} and {} {} on {}, by {} rows",
         op, name_of(x.dtype()), x.shape().str(), name_of(x.device()), name_of(weight.dtype()), weight.shape().str(),
         name_of(weight.device()), name_of(targets.dtype()), targets.shape().str(), name_of(targets.device()), chunk);
   const int64_t rows = x.shape().rows(), width = x.size(-1);
