@@ -65,10 +65,10 @@ Tensor softmax(const Tensor& x);  // along the last axis
 struct AttentionOptions {
   double scale;       // multiplies q.k
   double dropout = 0; // of the probabilities
-  RngKey key{};       // element ((b*H + h)*T + t)*T + s
+  RngKey key{};       // of a Mask with element ((b*H + h)*T + t)*64*ceil(T/64) + s
 };
 // Causal attention: softmax(scale * q k^T, s <= t) v. q [B,T,H,Dk], k [B,T,H or 1,Dk] (one shared key head),
-// v [B,T,H,Dv] -> [B,T,H,Dv]. On the GPU no [T, T] matrix reaches device memory.
+// v [B,T,H,Dv] -> [B,T,H,Dv]. On the GPU no [T, T] matrix reaches device memory but the mask, a bit an element.
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
 
 // ---- mixture of experts: which tokens go to which expert stays on the device

@@ -1,6 +1,6 @@
 // Counter-based random numbers (Philox4x32; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-// A number is a pure function of (seed, stream, index): the CPU and the GPU draw the same bits, and a mask is
-// regenerated where it is needed instead of being stored.
+// A number is a pure function of (seed, stream, index): the CPU and the GPU draw the same bits, and a mask can
+// be drawn again where it is needed instead of being stored.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -50,12 +50,6 @@ WEFT_HD inline Philox4 philox(RngKey key, uint64_t counter) {
 
 // 32 random bits of element `index`.
 WEFT_HD inline uint32_t random_bits(RngKey key, uint64_t index) { return philox(key, index / 4).v[index % 4]; }
-
-// Bernoulli keeps an element where its bits are below this; exact to 2^-32.
-WEFT_HD inline uint32_t keep_threshold(double drop_probability) {
-  const double t = (1.0 - drop_probability) * 4294967296.0;
-  return t >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(t);
-}
 
 // A dropout mask: element i has 16 bits of its own, half i % 8 of philox<7>(key, i / 8), and is kept where they are below
 // `threshold`. Seven rounds are the fewest that pass every test of the paper; two elements a word and three rounds less

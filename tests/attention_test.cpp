@@ -44,7 +44,8 @@ Result dense(const Sizes& z, const Values& x, const AttentionOptions& o) {
   Result r{std::vector<double>(x.v.size()), std::vector<double>(x.q.size()), std::vector<double>(x.k.size()),
            std::vector<double>(x.v.size())};
   const int64_t T = z.time, H = z.heads, Dk = z.key_width, Dv = z.value_width;
-  const uint32_t keep = keep_threshold(o.dropout);
+  const Mask mask(o.key, o.dropout);
+  const int64_t row_width = (T + 63) / 64 * 64;
   std::vector<double> p(static_cast<size_t>(T)), m(p), dp(p);
   for (int64_t b = 0; b < z.batch; ++b)
     for (int64_t h = 0; h < H; ++h)
@@ -59,8 +60,8 @@ Result dense(const Sizes& z, const Values& x, const AttentionOptions& o) {
           double score = 0;
           for (int64_t d = 0; d < Dk; ++d) score += x.q[q_at(t) + d] * x.k[k_at(s) + d];
           total += p[s] = std::exp(o.scale * score);
-          const uint64_t index = static_cast<uint64_t>(((b * H + h) * T + t) * T + s);
-          m[s] = o.dropout == 0 ? 1 : random_bits(o.key, index) < keep ? 1 / (1 - o.dropout) : 0;
+          const uint64_t index = static_cast<uint64_t>(((b * H + h) * T + t) * row_width + s);
+          m[s] = o.dropout == 0 ? 1 : Kept8(mask, index / 8)[index % 8] ? mask.scale() : 0;
         }
         for (int64_t s = 0; s <= t; ++s) {
           p[s] /= total;

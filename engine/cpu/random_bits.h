@@ -4,9 +4,6 @@
 
 namespace weft {
 
-// bits[j] = random_bits(key, from + j) for j < n; from is a multiple of 4.
-void draw_bits(RngKey key, uint64_t from, int64_t n, uint32_t* bits);
-
 // The 16 bits that a Mask of that key compares, of elements from + j for j < n; from is a multiple of 8.
 void draw_halves(RngKey key, uint64_t from, int64_t n, uint16_t* halves);
 

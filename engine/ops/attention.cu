@@ -2,7 +2,7 @@
 //   y_t = sum_s m[t, s] p[t, s] v_s
 //   dp[t, s] = m[t, s] dy_t.v_s,  delta_t = sum_s p[t, s] dp[t, s] = dy_t.y_t,  ds = scale p (dp - delta)
 //   dv_s = sum_t m p dy_t,  dk_s = sum_t ds[t, s] q_t,  dq_t = sum_s ds[t, s] k_s
-// Saved: q, k, v, y and each row's log sum exp, from which p and m are computed again.
+// Saved: q, k, v, y, each row's log sum exp, from which p is computed again, and m as one bit an element.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -98,18 +98,24 @@ void add_spread(A* sums, const A* weights, const A* rows, int64_t count, int64_t
   for (int64_t s = 0; s < keys; ++s) add_rows(sums + s * width, weights + s, time, rows, width, count, width);
 }
 
-// Which probabilities of some queries' rows are kept, 1/(1-p) or 0: [count, T].
-template <class A>
-WEFT_WIDEST void to_factors(const uint32_t* bits, uint32_t keep, A keep_scale, int64_t n, A* factors) {
-  for (int64_t s = 0; s < n; ++s) factors[s] = bits[s] < keep ? keep_scale : A(0);
+// Draws the words of the mask that row `row` of [B, H, T] reads.
+WEFT_WIDEST void draw_row(uint32_t* kept, std::vector<uint16_t>& halves, const AttentionSize& a, const Mask& mask,
+                          int64_t row) {
+  const int64_t words = row % a.time / 32 + 1;
+  halves.resize(static_cast<size_t>(32 * words));
+  draw_halves(mask.key, static_cast<uint64_t>(row * a.kept_words * 32), 32 * words, halves.data());
+  for (int64_t i = 0; i < words; ++i) {
+    uint32_t bits = 0;
+    for (int64_t j = 0; j < 32; ++j)
+      bits |= static_cast<uint32_t>(halves[static_cast<size_t>(32 * i + j)] < mask.threshold) << j;
+    kept[row * a.kept_words + i] = bits;
+  }
 }
+// factors[s] = 1/(1-p) where the mask keeps the row's element s, else 0.
 template <class A>
-void draw_factors(A* factors, std::vector<uint32_t>& bits, const AttentionSize& a, int64_t row, int64_t count) {
-  const uint64_t from = static_cast<uint64_t>(row * a.time), before = from % 4;
-  const int64_t n = count * a.time;
-  bits.resize(static_cast<size_t>(n) + 4);
-  draw_bits(a.key.at_step(), from - before, n + static_cast<int64_t>(before), bits.data());
-  to_factors(bits.data() + before, a.keep, static_cast<A>(a.keep_scale), n, factors);
+WEFT_WIDEST void read_factors(A* factors, const AttentionSize& a, int64_t row, int64_t keys) {
+  const uint32_t* words = a.kept + row * a.kept_words;
+  for (int64_t s = 0; s < keys; ++s) factors[s] = words[s / 32] >> s % 32 & 1u ? static_cast<A>(a.keep_scale) : A(0);
 }
 
 // row[s] = exp(row[s] - top) for s < n; returns their sum.
@@ -154,12 +160,14 @@ struct Head {
 };
 
 template <class T>
-void forward(Cpu, const AttentionSize& a, const T* q, const T* k, const T* v, T* y, acc_t<T>* lse) {
+void forward(Cpu, const AttentionSize& a, Mask mask, uint32_t* kept, const T* q, const T* k, const T* v, T* y,
+             acc_t<T>* lse) {
   using A = acc_t<T>;
+  mask.key = mask.key.at_step();
   const int64_t time = a.time, dk = a.key_width, dv = a.value_width;
   parallel_for(int64_t{a.batch} * a.heads, 1, [=, &a](int64_t from, int64_t to) {
-    Rows<A> p(static_cast<size_t>(kQueries * time)), factors = p;
-    std::vector<uint32_t> bits;
+    Rows<A> p(static_cast<size_t>(kQueries * time)), factors(static_cast<size_t>(time));
+    std::vector<uint16_t> halves;
     for (int64_t i = from; i < to; ++i) {
       const Head at(a, i);
       const Rows<A> queries = read_rows<A>(q + at.q, at.q_stride, time, dk);
@@ -169,7 +177,6 @@ void forward(Cpu, const AttentionSize& a, const T* q, const T* k, const T* v, T*
       for (int64_t t0 = 0; t0 < time; t0 += kQueries) {
         const int64_t count = std::min<int64_t>(kQueries, time - t0), last = t0 + count;
         row_products(p.data(), queries.data() + t0 * dk, keys.data(), count, last, time, dk);
-        if (a.drops) draw_factors(factors.data(), bits, a, at.rows + t0, count);
         for (int64_t r = 0; r < count; ++r) {
           const int64_t t = t0 + r;
           A* row = p.data() + r * time;
@@ -179,8 +186,11 @@ void forward(Cpu, const AttentionSize& a, const T* q, const T* k, const T* v, T*
           for (int64_t s = 0; s <= t; ++s) row[s] /= total;
           std::fill(row + t + 1, row + last, A(0));
           lse[at.rows + t] = top + std::log(total);
-          if (a.drops)
-            for (int64_t s = 0; s <= t; ++s) row[s] *= factors[static_cast<size_t>(r * time + s)];
+          if (kept) {
+            draw_row(kept, halves, a, mask, at.rows + t);
+            read_factors(factors.data(), a, at.rows + t, t + 1);
+            for (int64_t s = 0; s <= t; ++s) row[s] *= factors[static_cast<size_t>(s)];
+          }
         }
         add_weighted(out.data() + t0 * dv, p.data(), values.data(), count, last, time, dv);
       }
@@ -198,8 +208,7 @@ void backward(Cpu, const AttentionSize& a, const GradientTensors& g) {
   const A* lse = g.lse.data<A>();
   A* dk_heads = g.dk_heads.data<A>();
   parallel_for(int64_t{a.batch} * a.heads, 1, [=, &a](int64_t from, int64_t to) {
-    Rows<A> p(static_cast<size_t>(kQueries * time)), ds = p, factors(p.size(), A(1));
-    std::vector<uint32_t> bits;
+    Rows<A> p(static_cast<size_t>(kQueries * time)), ds = p, factors(static_cast<size_t>(time), A(1));
     for (int64_t i = from; i < to; ++i) {
       const Head at(a, i);
       const Rows<A> queries = read_rows<A>(q + at.q, at.q_stride, time, dk);
@@ -214,12 +223,12 @@ void backward(Cpu, const AttentionSize& a, const GradientTensors& g) {
         const int64_t count = std::min<int64_t>(kQueries, time - t0), last = t0 + count;
         row_products(p.data(), queries.data() + t0 * dk, key_columns.data(), count, last, time, dk);
         row_products(ds.data(), dys.data() + t0 * dv, value_columns.data(), count, last, time, dv);
-        if (a.drops) draw_factors(factors.data(), bits, a, at.rows + t0, count);
         for (int64_t r = 0; r < count; ++r) {
           const int64_t t = t0 + r;
           A *p_row = p.data() + r * time, *ds_row = ds.data() + r * time, delta = 0;
           for (int64_t d = 0; d < dv; ++d) delta += dys[t * dv + d] * outputs[t * dv + d];
-          score_gradients(p_row, ds_row, factors.data() + r * time, A(a.scale), lse[at.rows + t], delta, t + 1);
+          if (a.kept) read_factors(factors.data(), a, at.rows + t, t + 1);
+          score_gradients(p_row, ds_row, factors.data(), A(a.scale), lse[at.rows + t], delta, t + 1);
           std::fill(p_row + t + 1, p_row + last, A(0));
           std::fill(ds_row + t + 1, ds_row + last, A(0));
         }
@@ -252,12 +261,24 @@ void sum_heads(Cpu, const acc_t<T>* dk_heads, T* dk, int64_t n, int heads, int w
 }
 
 #if WEFT_CUDA
-void forward(Cuda, const AttentionSize& a, const float* q, const float* k, const float* v, float* y, float* lse) {
-  attention_forward_simt(a, {q, k, v, y, lse});
+__global__ void attention_draw(AttentionSize a, Mask mask, uint32_t* kept, int64_t words) {
+  const int64_t i = element_index();
+  mask.key = mask.key.at_step();
+  if (i < words && i % a.kept_words * 32 <= i / a.kept_words % a.time) kept[i] = kept_word(mask, i);
 }
-void forward(Cuda, const AttentionSize& a, const bf16* q, const bf16* k, const bf16* v, bf16* y, float* lse) {
-  const AttentionForward<bf16> tensors{q, k, v, y, lse};
-  if (!attention_forward_mma(a, tensors)) attention_forward_simt(a, tensors);
+template <class T>
+void forward(Cuda, const AttentionSize& a, const Mask& mask, uint32_t* kept, const T* q, const T* k, const T* v, T* y,
+             float* lse) {
+  const AttentionForward<T> tensors{q, k, v, y, lse};
+  if constexpr (std::is_same_v<T, bf16>)
+    if (attention_forward_warpgroup(a, mask, kept, tensors)) return;
+  if (kept) {
+    const int64_t words = int64_t{a.batch} * a.heads * a.time * a.kept_words;
+    launch_elements(attention_draw, words, a, mask, kept, words);
+  }
+  if constexpr (std::is_same_v<T, bf16>)
+    if (attention_forward_mma(a, tensors)) return;
+  attention_forward_simt(a, tensors);
 }
 
 // delta[b, h, t] = dy_t . y_t: a warp for each row of [B, T, H].
@@ -278,12 +299,14 @@ __global__ void attention_sum_heads(const float* dk_heads, T* dk, int64_t n, int
 
 template <class T>
 void backward(Cuda, const AttentionSize& a, const GradientTensors& g) {
-  const AttentionBackward<T> tensors{g.q.data<T>(),        g.k.data<T>(),      g.v.data<T>(),  g.dy.data<T>(),
-                                     g.lse.data<float>(),  g.delta.data<float>(), g.dq.data<T>(), g.dk.data<T>(),
-                                     g.dv.data<T>(),       g.dk_heads.data<float>()};
+  const AttentionBackward<T> tensors{g.q.data<T>(),  g.k.data<T>(),       g.v.data<T>(),         g.y.data<T>(),
+                                     g.dy.data<T>(), g.lse.data<float>(), g.delta.data<float>(), g.dq.data<T>(),
+                                     g.dk.data<T>(), g.dv.data<T>(),      g.dk_heads.data<float>()};
+  if constexpr (std::is_same_v<T, bf16>)
+    if (attention_backward_warpgroup(a, tensors)) return;
   const int64_t rows = int64_t{a.batch} * a.time * a.heads;
-  launch_elements(attention_delta<T>, rows * 32, g.y.data<T>(), tensors.dy, g.delta.data<float>(), rows, a.time,
-                  a.heads, a.value_width);
+  launch_elements(attention_delta<T>, rows * 32, tensors.y, tensors.dy, tensors.delta, rows, a.time, a.heads,
+                  a.value_width);
   if constexpr (std::is_same_v<T, bf16>)
     if (attention_backward_mma(a, tensors)) return;
   attention_backward_simt(a, tensors);
@@ -316,27 +339,34 @@ AttentionSize size_of_attention(const Tensor& q, const Tensor& k, const Tensor& 
   a.key_width = static_cast<int>(q.size(3));
   a.value_width = static_cast<int>(v.size(3));
   a.scale = o.scale;
-  a.keep_scale = 1 / (1 - o.dropout);
-  a.keep = keep_threshold(o.dropout);
-  a.drops = o.dropout > 0;
-  a.key = o.key;
+  a.keep_scale = o.dropout > 0 ? Mask(o.key, o.dropout).scale() : 1;
+  a.kept = nullptr;
+  a.kept_words = (q.size(1) + 63) / 64 * 2;
   return a;
 }
 
 }  // namespace
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
-  const AttentionSize a = size_of_attention(q, k, v, options);
+  AttentionSize a = size_of_attention(q, k, v, options);
   const DType sums = q.dtype() == DType::f64 ? DType::f64 : DType::f32;
   Tensor y = Tensor::like(v);
   Tensor lse = Tensor::empty({a.batch, a.heads, a.time}, sums, q.device());
+  Tensor bits;
+  if (options.dropout > 0)
+    bits = Tensor::empty({int64_t{a.batch} * a.heads * a.time, a.kept_words}, DType::i32, q.device());
+  uint32_t* kept = reinterpret_cast<uint32_t*>(bits.data<int32_t>());
+  a.kept = kept;
+  const Mask mask(options.key, options.dropout);
   on_device(q.device(), [&](auto device) {
     dispatch(device, q.dtype(), [&]<class T>() {
-      forward(device, a, q.data<T>(), k.data<T>(), v.data<T>(), y.data<T>(), lse.data<acc_t<T>>());
+      forward(device, a, mask, kept, q.data<T>(), k.data<T>(), v.data<T>(), y.data<T>(), lse.data<acc_t<T>>());
     });
   });
+  // The closure keeps `bits` because a.kept points into it.
   return record("attention", y, {q, k, v},
-                [a, sums, q = q.detached(), k = k.detached(), v = v.detached(), y, lse](const Tensor& dy) -> Gradients {
+                [a, sums, q = q.detached(), k = k.detached(), v = v.detached(), y, lse,
+                 bits](const Tensor& dy) -> Gradients {
     GradientTensors g{q, k, v, y, lse, dy, Tensor::like(q), Tensor::like(k), Tensor::like(v), {}, {}};
     MemoryScope scope(Category::workspace);
     if (q.device() == Device::cuda) g.delta = Tensor::like(lse);

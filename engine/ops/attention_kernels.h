@@ -1,18 +1,29 @@
-// What engine/ops/attention.cu shares with its two sets of CUDA kernels: attention_simt.cu (any width up to 256, f32
-// sums on the ordinary cores) and attention_mma.cu (bf16 on the tensor cores).
+// What engine/ops/attention.cu shares with its three sets of CUDA kernels: attention_simt.cu (any width up to 256, f32
+// sums on the ordinary cores), attention_mma.cu (bf16 on the tensor cores) and attention_warpgroup.cu (on sm_90a's).
 #pragma once
+#include <initializer_list>
+
 #include "engine/dtype.h"
 
 namespace weft {
 
 struct AttentionSize {
   int batch, time, heads, key_heads, key_width, value_width;
-  double scale;       // of q.k
-  double keep_scale;  // 1 / (1 - p)
-  uint32_t keep;      // the threshold of random.h
-  bool drops;         // p > 0
-  RngKey key;
+  double scale;          // of q.k
+  double keep_scale;     // 1 / (1 - p)
+  const uint32_t* kept;  // [B, H, T, kept_words]: bit s % 32 of word s / 32 says whether (t, s) is kept; null: all are
+  int64_t kept_words;    // in a row: whole pairs, so that a tile of 64 keys has two
 };
+
+// Word i of `kept`; mask.key is already at_step().
+WEFT_HD inline uint32_t kept_word(const Mask& mask, uint64_t i) {
+  uint32_t bits = 0;
+  for (int byte = 0; byte < 4; ++byte) {
+    const Kept8 kept(mask, 4 * i + static_cast<uint64_t>(byte));
+    for (int j = 0; j < 8; ++j) bits |= static_cast<uint32_t>(kept[j]) << (8 * byte + j);
+  }
+  return bits;
+}
 
 template <class T>
 struct AttentionForward {
@@ -24,11 +35,18 @@ struct AttentionForward {
 // dk has a head for every query head: the caller sums them where the key head is shared.
 template <class T>
 struct AttentionBackward {
-  const T *q, *k, *v, *dy;
-  const float *lse, *delta;  // [B, H, T]; delta = sum(dy * out), which is sum_s(p_s dp_s)
+  const T *q, *k, *v, *y, *dy;
+  const float* lse;  // [B, H, T]
+  float* delta;      // [B, H, T]: sum(dy * y), which is sum_s(p_s dp_s); the warpgroup kernels' own is over keep_scale
   T *dq, *dk, *dv;
   float* dk_heads;  // [B, T, H, Dk], in place of dk, where the key head is shared; else null
 };
+
+inline bool aligned(std::initializer_list<const void*> pointers) {
+  for (const void* p : pointers)
+    if (reinterpret_cast<uintptr_t>(p) % 16) return false;
+  return true;
+}
 
 #ifdef __CUDACC__
 // Where a block works: one head of one sequence. Offsets of row 0 in q-like, k and v-like tensors, and row strides.
@@ -52,7 +70,11 @@ void attention_forward_simt(const AttentionSize& size, const AttentionForward<bf
 void attention_backward_simt(const AttentionSize& size, const AttentionBackward<float>& t);
 void attention_backward_simt(const AttentionSize& size, const AttentionBackward<bf16>& t);
 
-// False, with nothing done, where the widths, the alignment or the GPU do not suit the tensor cores.
+// Fill delta (those of mma read it), dq, dk and dv; the forward kernels fill out and lse, that of the warpgroups also
+// draws `kept`. False, with nothing done, where the widths, the alignment or the GPU do not suit the tensor cores.
+bool attention_forward_warpgroup(const AttentionSize& size, const Mask& mask, uint32_t* kept,
+                                 const AttentionForward<bf16>& t);
+bool attention_backward_warpgroup(const AttentionSize& size, const AttentionBackward<bf16>& t);
 bool attention_forward_mma(const AttentionSize& size, const AttentionForward<bf16>& t);
 bool attention_backward_mma(const AttentionSize& size, const AttentionBackward<bf16>& t);
 

@@ -1,11 +1,10 @@
 // Attention of bf16 on the tensor cores (after Dao, "FlashAttention-2", 2023): four warps own 16 rows each of a tile of
 // 64 and walk over tiles of the other side, which are copied to shared memory one ahead. Probabilities never leave
-// registers: an accumulator of one product is the left operand of the next. The two gradient kernels draw and compute
-// the probabilities again, each for its own side, so that no sum needs atomics. Widths are padded with zeros to those
+// registers: an accumulator of one product is the left operand of the next. The two gradient kernels compute the
+// probabilities again, each for its own side, so that no sum needs atomics. Widths are padded with zeros to those
 // of the instantiation.
 #if WEFT_CUDA
 #include <algorithm>
-#include <initializer_list>
 
 #include "engine/cuda/stream.h"
 #include "engine/cuda/tensor_core.h"
@@ -82,51 +81,24 @@ __device__ void add_products(float (&sums)[kWidth / 8][4], const float (&weights
   }
 }
 
-__device__ uint32_t kept_of_four(const AttentionSize& a, int64_t index) {  // bit i: element index + i; index % 4 == 0
-  const Philox4 r = philox(a.key, static_cast<uint64_t>(index) / 4);
-  uint32_t kept = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) kept |= static_cast<uint32_t>(r.v[i] < a.keep) << i;
-  return kept;
+// Bits of the mask of query t from key s on.
+__device__ uint32_t kept_from(const AttentionSize& a, int64_t rows, int t, int s) {
+  return a.kept[(rows + min(t, a.time - 1)) * a.kept_words + s / 32] >> s % 32;
 }
-
-// Which elements of an accumulator the dropout keeps, bit e for element e. One draw gives four keys in a row, so where
-// rows start at a multiple of four, lanes draw for each other: one draw a lane and accumulator.
+// Which elements of an accumulator the dropout keeps, bit e for element e.
 // With queries (from t) as rows and keys (from s, a multiple of 8) as columns:
 __device__ uint32_t kept_by_query(const AttentionSize& a, const Lane& lane, int64_t rows, int t, int s) {
-  const int c = lane.c;
-  if (a.time % 4 == 0) {  // lanes c = 0, 1 share four columns: the even one draws row g, the odd one row g + 8
-    const bool odd = c % 2;
-    const uint32_t own = kept_of_four(a, (rows + t + lane.g + 8 * odd) * a.time + s + c / 2 * 4);
-    const uint32_t other = __shfl_xor_sync(~0u, own, 1);
-    return odd ? (other >> 2 & 3u) | (own & 12u) : (own & 3u) | (other & 3u) << 2;
-  }
-  uint32_t kept = 0;
-#pragma unroll 1
-  for (int e = 0; e < 4; ++e) {
-    const int64_t index = (rows + t + lane.g + e / 2 * 8) * a.time + s + 2 * c + e % 2;
-    kept |= static_cast<uint32_t>(random_bits(a.key, static_cast<uint64_t>(index)) < a.keep) << e;
-  }
-  return kept;
+  if (!a.kept) return 15u;
+  const uint32_t low = kept_from(a, rows, t + lane.g, s + 2 * lane.c);
+  const uint32_t high = kept_from(a, rows, t + lane.g + 8, s + 2 * lane.c);
+  return (low & 3u) | (high & 3u) << 2;
 }
-// With keys (from s, a multiple of 8) as rows and queries (from t) as columns:
+// With keys (from s, a multiple of 16) as rows and queries (from t) as columns:
 __device__ uint32_t kept_by_key(const AttentionSize& a, const Lane& lane, int64_t rows, int t, int s) {
-  const int c = lane.c, r = lane.g % 4;
-  if (a.time % 4 == 0) {  // lanes g = 0 .. 3 (4 .. 7) share four keys: lane r draws for all four's element r
-    const int64_t query = rows + t + 2 * c + r % 2;
-    uint32_t kept = kept_of_four(a, query * a.time + s + lane.g / 4 * 4 + r / 2 * 8) << (4 * r);
-    kept |= __shfl_xor_sync(~0u, kept, 4);
-    kept |= __shfl_xor_sync(~0u, kept, 8);  // bit 4 e + i: element e of the lane with r = i
-    kept >>= r;
-    return (kept & 1u) | (kept >> 3 & 2u) | (kept >> 6 & 4u) | (kept >> 9 & 8u);
-  }
-  uint32_t kept = 0;
-#pragma unroll 1
-  for (int e = 0; e < 4; ++e) {
-    const int64_t index = (rows + t + 2 * c + e % 2) * a.time + s + lane.g + e / 2 * 8;
-    kept |= static_cast<uint32_t>(random_bits(a.key, static_cast<uint64_t>(index)) < a.keep) << e;
-  }
-  return kept;
+  if (!a.kept) return 15u;
+  const uint32_t even = kept_from(a, rows, t + 2 * lane.c, s + lane.g);
+  const uint32_t odd = kept_from(a, rows, t + 2 * lane.c + 1, s + lane.g);
+  return (even & 1u) | (odd & 1u) << 1 | (even >> 6 & 4u) | (odd >> 5 & 8u);
 }
 
 __device__ void store_pair(bf16* to, float x, float y) { *reinterpret_cast<uint32_t*>(to) = pack(x, y); }
@@ -166,7 +138,6 @@ struct Widths {
 
 template <class W>
 __global__ void __launch_bounds__(kThreads) mma_forward(AttentionSize a, AttentionForward<bf16> x) {
-  a.key = a.key.at_step();
   constexpr int kKeys = W::forward_keys;
   bf16* q = reinterpret_cast<bf16*>(shared_tiles);  // [64, Dk]
   bf16* k = q + kRows * W::key_stride;              // [2, kKeys, Dk]
@@ -229,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) mma_forward(AttentionSize a, Attenti
             total[half] += p[j][e];
           }
       }
-      if (a.drops)
+      if (a.kept)
 #pragma unroll
         for (int j = 0; j < kKeys / 8; ++j) {
           const uint32_t kept = kept_by_query(a, lane, at.rows, first, s0 + 8 * j);
@@ -267,7 +238,6 @@ __device__ void element_gradient(float& qk, float& dyv, bool seen, float factor,
 // dk, dv or both of 64 keys: rows are keys, columns the queries that see them.
 template <class W, bool kKeyGradient, bool kValueGradient>
 __global__ void __launch_bounds__(kThreads) mma_backward_keys(AttentionSize a, AttentionBackward<bf16> x) {
-  a.key = a.key.at_step();
   constexpr int kQueries = W::step;
   bf16* k = reinterpret_cast<bf16*>(shared_tiles);                              // [64, Dk]
   bf16* v = k + kRows * W::key_stride;                                          // [64, Dv]
@@ -313,7 +283,7 @@ __global__ void __launch_bounds__(kThreads) mma_backward_keys(AttentionSize a, A
         row_products<kQueries, W::value>(ds, v + lane.warp_row * W::value_stride, dy_tile, lane);
 #pragma unroll
       for (int j = 0; j < kQueries / 8; ++j) {
-        const uint32_t kept = a.drops ? kept_by_key(a, lane, at.rows, t0 + 8 * j, first) : 15u;
+        const uint32_t kept = kept_by_key(a, lane, at.rows, t0 + 8 * j, first);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int column = 8 * j + 2 * lane.c + e % 2, t = t0 + column, s = first + lane.g + e / 2 * 8;
@@ -340,7 +310,6 @@ __global__ void __launch_bounds__(kThreads) mma_backward_keys(AttentionSize a, A
 // dq of 64 queries: rows are queries, columns the keys they see.
 template <class W>
 __global__ void __launch_bounds__(kThreads) mma_backward_queries(AttentionSize a, AttentionBackward<bf16> x) {
-  a.key = a.key.at_step();
   constexpr int kKeys = W::step;
   bf16* q = reinterpret_cast<bf16*>(shared_tiles);  // [64, Dk]
   bf16* dy = q + kRows * W::key_stride;             // [64, Dv]
@@ -384,7 +353,7 @@ __global__ void __launch_bounds__(kThreads) mma_backward_queries(AttentionSize a
                                     lane);
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
-        const uint32_t kept = a.drops ? kept_by_query(a, lane, at.rows, first, s0 + 8 * j) : 15u;
+        const uint32_t kept = kept_by_query(a, lane, at.rows, first, s0 + 8 * j);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int s = s0 + 8 * j + 2 * lane.c + e % 2, t = first + lane.g + e / 2 * 8;
@@ -401,12 +370,6 @@ __global__ void __launch_bounds__(kThreads) mma_backward_queries(AttentionSize a
 
 dim3 grid(const AttentionSize& a) {
   return dim3(static_cast<unsigned>(a.batch * a.heads), static_cast<unsigned>((a.time + kRows - 1) / kRows));
-}
-
-bool aligned(std::initializer_list<const void*> pointers) {
-  for (const void* p : pointers)
-    if (reinterpret_cast<uintptr_t>(p) % 16) return false;
-  return true;
 }
 
 int shared_limit() {

@@ -27,8 +27,8 @@ __device__ float dot(const float* a, const float* b, int n) {
 
 // 1/(1-p) where the mask keeps (t, s), else 0.
 __device__ float dropout_factor(const AttentionSize& a, int64_t rows, int t, int s) {
-  if (!a.drops) return 1.0f;
-  return random_bits(a.key, (rows + t) * a.time + s) < a.keep ? static_cast<float>(a.keep_scale) : 0.0f;
+  if (!a.kept) return 1.0f;
+  return a.kept[(rows + t) * a.kept_words + s / 32] >> s % 32 & 1u ? static_cast<float>(a.keep_scale) : 0.0f;
 }
 
 // sums[i] += sum_c weights[c] * tile[c][part + 4 i]
@@ -45,7 +45,6 @@ __device__ void add_rows(float (&sums)[kColumns], const float* weights, const fl
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) simt_forward(AttentionSize a, AttentionForward<T> x) {
-  a.key = a.key.at_step();
   extern __shared__ float shared[];
   float* q = shared;                           // [32, Dk + 1]
   float* k = q + kTile * (a.key_width + 1);    // [32, Dk + 1]
@@ -109,7 +108,6 @@ __device__ Element element_gradient(const AttentionSize& a, int64_t rows, int t,
 // dk and dv of 32 keys: each row is a key, the loop runs over the queries that see it.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) simt_backward_keys(AttentionSize a, AttentionBackward<T> x) {
-  a.key = a.key.at_step();
   extern __shared__ float shared[];
   float* k = shared;                             // [32, Dk + 1]
   float* q = k + kTile * (a.key_width + 1);      // [32, Dk + 1]
@@ -159,7 +157,6 @@ __global__ void __launch_bounds__(kThreads) simt_backward_keys(AttentionSize a, 
 // dq of 32 queries: each row is a query, the loop runs over the keys it sees.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads) simt_backward_queries(AttentionSize a, AttentionBackward<T> x) {
-  a.key = a.key.at_step();
   extern __shared__ float shared[];
   float* q = shared;                            // [32, Dk + 1]
   float* k = q + kTile * (a.key_width + 1);     // [32, Dk + 1]
