@@ -76,6 +76,21 @@ void rows_join_the_gradient(Device d) {
   CHECK(table.grad().to_vector<float>() == std::vector<float>{once[0] + 10, once[1] + 10, once[2], once[3]});
 }
 
+// The second backward adds to what the leaves have, from one part of the rows, two, and more.
+void gradients_add_up(Device d) {
+  for (const int64_t chunk : {5, 3, 1}) {
+    const Tensor x = leaf(floats({1, 2, 3, 4, -1, 0, 2, 2, 0, 1}, {5, 2}, d));
+    const Tensor weight = leaf(floats({1, 0, 0, 1, 1, 1}, {3, 2}, d));
+    const auto walk = [&] { backward(scale(linear_cross_entropy(x, weight, ints({0, 2, 1, 1, 0}, d), chunk), 0.25)); };
+    walk();
+    const auto dx = x.grad().to_vector<float>(), dweight = weight.grad().to_vector<float>();
+    walk();
+    const auto dx_twice = x.grad().to_vector<float>(), dweight_twice = weight.grad().to_vector<float>();
+    for (size_t i = 0; i < dx.size(); ++i) CHECK(dx_twice[i] == doctest::Approx(2 * dx[i]));
+    for (size_t i = 0; i < dweight.size(); ++i) CHECK(dweight_twice[i] == doctest::Approx(2 * dweight[i]));
+  }
+}
+
 void nothing_recorded(Device d) {
   const Tensor x = leaf(floats({1, 2, 3, 4}, {2, 2}, d)), weight = leaf(floats({1, 0, 0, 1, 1, 1}, {3, 2}, d));
   const NoGrad no_grad;
@@ -87,6 +102,7 @@ void nothing_recorded(Device d) {
 }  // namespace
 
 TEST_CASE("the embedding's rows are added to a gradient that is there") { rows_join_the_gradient(Device::cpu); }
+TEST_CASE("the head's gradients add up over micro-batches") { gradients_add_up(Device::cpu); }
 TEST_CASE("the head's loss makes no gradient where none is recorded") { nothing_recorded(Device::cpu); }
 TEST_CASE("the loss stays exact with logits that are infinite or huge") { extreme_logits(Device::cpu); }
 TEST_CASE("accuracy: the first of equals counts, a nan never does") { ties_and_nans(Device::cpu); }
@@ -109,6 +125,7 @@ TEST_SUITE("cuda") {
     memory_of_the_logits(Device::cuda);
     ids_outside_the_table(Device::cuda);
     rows_join_the_gradient(Device::cuda);
+    gradients_add_up(Device::cuda);
     nothing_recorded(Device::cuda);
   }
   TEST_CASE("a target outside the vocabulary makes the loss nan on the GPU") {
