@@ -22,10 +22,17 @@ struct Activation {
   int64_t rows, width;
 };
 
+// In bf16 by the GPU's approximation of tanh: one special function an element where exp and the division are two, 61 us
+// forward instead of 73. Against exact values silu is off by at most 1e-5, by 1e-4 of itself above -7 and by 1.4e-2 of
+// itself above -12; bf16 rounds by 4e-3 at most.
 template <class T, class A = acc_t<T>>
 WEFT_HD A sigmoid(A x) {
 #ifdef __CUDA_ARCH__
-  if constexpr (std::is_same_v<T, bf16>) return __fdividef(1.0f, 1.0f + __expf(-x));
+  if constexpr (std::is_same_v<T, bf16>) {
+    float t;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(0.5f * x));
+    return 0.5f * t + 0.5f;
+  }
 #endif
   return 1 / (1 + exp(-x));
 }
@@ -97,8 +104,8 @@ __device__ void store_eight(T* p, const Pack<T, 8>& pack, int64_t left) {
   }
 }
 
-// One warp per row: at 16384 rows of 3072 in bf16 73 us forward and 109 us backward on an H200, where a block per row
-// took 96 and 203 us.
+// One warp per row: at 16384 rows of 3072 in bf16 61 us forward and 107 us backward on an H200; a block per row took 96
+// and 203 us.
 template <bool kWhole, class T>
 __global__ void __launch_bounds__(256, 4) activate_rows(Activation<float> f, const T* h, T* a) {
   const int64_t row = element_index() / 32, begin = row * f.width;
