@@ -3,6 +3,8 @@
 // N tokens (B*T). Floating inputs of one op share a dtype and a device unless a line says otherwise; sums are kept in
 // f32 (f64 for f64). Misuse throws Fault::internal with the shapes found.
 #pragma once
+#include <optional>
+
 #include "engine/autograd.h"
 #include "engine/random.h"
 #include "engine/tensor.h"
@@ -19,8 +21,6 @@ Tensor cast(const Tensor& x, DType dtype);     // x in another floating dtype; x
 // again in the gradient. p = 0 gives x itself.
 Tensor dropout(const Tensor& x, double p, RngKey key);
 Tensor silu_dropout(const Tensor& x, double p, RngKey key);  // dropout(silu(x), p, key)
-// x + std * random_normal(key, i); gradient 1.
-Tensor add_normal(const Tensor& x, double std, RngKey key);
 
 // ---- shape
 Tensor reshape(const Tensor& x, const Shape& shape);                    // shares data
@@ -54,8 +54,8 @@ Tensor embedding(const Tensor& ids, const Tensor& table, double scale, DType dty
 // Rotates interleaved pairs (2i, 2i+1) of the last R columns of x [B, T, H, D] by the angles of table (Su et al.,
 // 2021); leaves the first D-R columns. table f32 [>=T, R]: cos in even, sin in odd columns (engine/nn/rope.h makes it).
 Tensor rope(const Tensor& x, const Tensor& table);
-// The columns of x [B, T, W] cut into parts [B, T, heads, width], rotated or as they are, in one pass each way: all parts
-// share one gradient of x. At most 4 parts; the table may be no tensor when none is rotated.
+// The columns of x [B, T, W] cut into parts [B, T, heads, width], rotated or as they are, in one pass each way: all
+// parts share one gradient of x. At most 4 parts; the table may be no tensor when none is rotated.
 struct RopePart {
   int64_t heads, width;
   bool rotated = false;
@@ -78,12 +78,22 @@ struct Routing {
   Tensor sources;  // i32 [N*K]: the inverse: choice n*K+k that stands in a row
   Tensor offsets;  // i32 [E+1]: expert e owns rows [offsets[e], offsets[e+1])
 };
-// x [N, D], weight [E, D] in f32 (f64 for f64) -> x times weight transposed in f32 (f64): [N, E].
-Tensor router_logits(const Tensor& x, const Tensor& weight);
-Routing route_top_k(const Tensor& logits, int64_t k);                       // logits f32|f64 [N, E]; not differentiable
-Tensor routing_weights(const Tensor& logits, const Routing& r);             // softmax over the chosen logits [N, K]
-// E * sum_e (share of the N*K choices that went to e) * mean_n softmax(logits)[n, e] -> [] (Fedus et al., 2021).
-Tensor balance_loss(const Tensor& logits, const Routing& r);
+// x [N, D], weight [E, D] in f32 (f64 for f64) -> x times weight transposed in f32 (f64): [N, E], with noise *
+// random_normal(key, i) added.
+Tensor router_logits(const Tensor& x, const Tensor& weight, double noise = 0, RngKey key = {});
+// Top-k routing by logits [N, E] in f32 (f64 on the CPU).
+struct RouteOptions {
+  int64_t chosen;                      // K
+  std::optional<double> balance = {};  // weight of the balance loss, where there is one
+};
+struct Routed {
+  Routing routing;  // not differentiable
+  Tensor weights;   // [N, K]: softmax over the chosen logits
+  // [] = its weight * E * sum_e (share of the N*K choices that went to e) * mean_n softmax(logits)[n, e] (Fedus et al.,
+  // 2021)
+  Tensor balance;   // no tensor where it has no weight
+};
+Routed route(const Tensor& logits, const RouteOptions& options);
 Tensor gather_rows(const Tensor& x, const Routing& r);                      // [N, D] -> [N*K, D] sorted by expert
 Tensor sum_rows(const Tensor& y, const Routing& r);                         // sum_k y[slots[n,k]]: [N*K, D] -> [N, D]
 // add_rms_norm of x[n] = sum_k rows[slots[n,k]], rows [N*K, D] sorted by expert; the residual is like x [.., D].

@@ -27,13 +27,17 @@ struct Moe {
 
   MoeOutput operator()(const Tensor& x, const Mode& mode) const {  // [B, T, D]
     const Tensor rows = reshape(x, {x.shape().rows(), x.size(-1)});  // [N, D]
-    Tensor logits = router_logits(rows, gate.weight);                // [N, E] f32
-    if (mode.training && noise > 0) logits = add_normal(logits, noise, mode.key());
-    const Routing r = route_top_k(logits, top_k);
+    const bool noisy = mode.training && noise > 0;
+    const Tensor logits = noisy ? router_logits(rows, gate.weight, noise, mode.key())  // [N, E] f32
+                                : router_logits(rows, gate.weight);
+    RouteOptions options{.chosen = top_k};
+    if (mode.training) options.balance = balance_weight;
+    const Routed routed = route(logits, options);
+    const Routing& r = routed.routing;
     const bool drops = mode.training && dropout > 0;
-    return {expert_mlp(rows, cast(up, x.dtype()), cast(down, x.dtype()), routing_weights(logits, r), r,
+    return {expert_mlp(rows, cast(up, x.dtype()), cast(down, x.dtype()), routed.weights, r,
                        drops ? dropout : 0, drops ? mode.key() : RngKey{}),
-            mode.training ? scale(balance_loss(logits, r), balance_weight) : Tensor{}, r};
+            routed.balance, r};
   }
 
  private:

@@ -23,7 +23,7 @@ std::vector<float> draw(int64_t n, uint64_t stream) {
 
 void routing_holds(const std::vector<float>& logits, int64_t n, int64_t e, int64_t k, Device device) {
   INFO(n, " tokens, ", e, " experts, ", k, " chosen, on ", name_of(device));
-  const Routing r = route_top_k(Tensor::from(logits, {n, e}, device), k);
+  const Routing r = route(Tensor::from(logits, {n, e}, device), {.chosen = k}).routing;
   const Ids experts = r.experts.to_vector<int32_t>(), slots = r.slots.to_vector<int32_t>(),
             sources = r.sources.to_vector<int32_t>(), offsets = r.offsets.to_vector<int32_t>();
   int64_t unchosen = 0;
@@ -66,7 +66,7 @@ void all_routings_hold(Device device) {
 
 void nan_logits_choose_different_experts(Device device) {
   const std::vector<float> logits(64 * 4, std::numeric_limits<float>::quiet_NaN());
-  const Routing r = route_top_k(Tensor::from(logits, {64, 4}, device), 2);
+  const Routing r = route(Tensor::from(logits, {64, 4}, device), {.chosen = 2}).routing;
   const Ids experts = r.experts.to_vector<int32_t>();
   for (size_t i = 0; i < experts.size(); i += 2) {
     CHECK(experts[i] >= 0);
@@ -112,7 +112,8 @@ Routing routing_of(const std::vector<int64_t>& rows_of, Device device) {
   for (int64_t e = 0; e < experts; ++e)
     for (int64_t i = 0; i < rows_of[e]; ++i)
       for (int64_t j = 0; j < experts; ++j) logits.push_back(j == e ? 1.0f : 0.0f);
-  return route_top_k(Tensor::from(logits, {static_cast<int64_t>(logits.size()) / experts, experts}, device), 1);
+  const int64_t rows = static_cast<int64_t>(logits.size()) / experts;
+  return route(Tensor::from(logits, {rows, experts}, device), {.chosen = 1}).routing;
 }
 
 // y, dx and dw against loops, for rows_of[e] rows of each expert.
@@ -192,14 +193,14 @@ TEST_CASE("grouped_matmul: empty experts, ragged rows, odd sizes") { all_product
 
 TEST_CASE("routing: misuse is refused") {
   const Tensor logits = Tensor::zeros({4, 3}, DType::f32, Device::cpu);
-  CHECK_THROWS_AS(route_top_k(logits, 4), Error);
-  CHECK_THROWS_AS(route_top_k(logits, 0), Error);
-  CHECK_THROWS_AS(route_top_k(Tensor::zeros({4, 300}, DType::f32, Device::cpu), 2), Error);
-  const Routing r = route_top_k(logits, 2);
+  CHECK_THROWS_AS(route(logits, {.chosen = 4}), Error);
+  CHECK_THROWS_AS(route(logits, {.chosen = 0}), Error);
+  CHECK_THROWS_AS(route(Tensor::zeros({4, 300}, DType::f32, Device::cpu), {.chosen = 2}), Error);
+  const Routing r = route(logits, {.chosen = 2}).routing;
   CHECK_THROWS_AS(gather_rows(Tensor::zeros({5, 2}, DType::f32, Device::cpu), r), Error);
   CHECK_THROWS_AS(grouped_matmul(Tensor::zeros({8, 2}, DType::f32, Device::cpu),
                                  Tensor::zeros({2, 2, 2}, DType::f32, Device::cpu), r), Error);
-  CHECK_THROWS_AS(balance_loss(Tensor::zeros({4, 2}, DType::f32, Device::cpu), r), Error);
+  CHECK_THROWS_AS(route(Tensor::zeros({0, 3}, DType::f32, Device::cpu), {.chosen = 2, .balance = 1}), Error);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// logits = x W^T with sums in f32 (f64 for f64) and no copy of x in f32; dx = dlogits W, dW = dlogits^T x. A product
-// with a handful of columns is bound by reading x, where a GEMM's tiles stay empty: cuBLAS took 0.29 ms for the dW of
-// 8 experts of width 768 over 8192 rows.
+// logits = x W^T + noise with sums in f32 (f64 for f64) and no copy of x in f32; dx = dlogits W, dW = dlogits^T x. A
+// product with a handful of columns is bound by reading x, where a GEMM leaves its tiles empty: cuBLAS took 0.29 ms for
+// the dW of 8 experts of width 768 over 8192 rows.
 #include <algorithm>
 #include <vector>
 
@@ -17,15 +17,25 @@ namespace {
 struct Sizes {
   int64_t rows, width, experts;
 };
+struct Noise {
+  double std;  // 0: none
+  RngKey key;
+
+  template <class A>
+  WEFT_HD A add_to(A logit, int64_t i) const {
+    return std > 0 ? logit + A(std) * A(random_normal(key, static_cast<uint64_t>(i))) : logit;
+  }
+};
 
 template <class T, class A = acc_t<T>>
-void forward(Cpu, const T* x, const A* w, A* logits, Sizes s) {
+void forward(Cpu, const T* x, const A* w, A* logits, Noise noise, Sizes s) {
+  noise.key = noise.key.at_step();
   parallel_for(s.rows, 16, [=](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row)
       for (int64_t e = 0; e < s.experts; ++e) {
         A sum = 0;
         for (int64_t i = 0; i < s.width; ++i) sum += A(x[row * s.width + i]) * w[e * s.width + i];
-        logits[row * s.experts + e] = sum;
+        logits[row * s.experts + e] = noise.add_to(sum, row * s.experts + e);
       }
   });
 }
@@ -62,8 +72,9 @@ constexpr int kTile = 64;    // rows of dlogits in shared memory
 
 // A warp makes kRows rows of logits, kExperts at a time.
 template <class T>
-__global__ void router_forward(const T* x, const float* w, float* logits, Sizes s) {
+__global__ void router_forward(const T* x, const float* w, float* logits, Noise noise, Sizes s) {
   constexpr int kN = kPack<T>;
+  noise.key = noise.key.at_step();
   const int lane = threadIdx.x % 32;
   const int64_t first = (blockIdx.x * int64_t{kWarps} + threadIdx.x / 32) * kRows;
   if (first >= s.rows) return;
@@ -91,7 +102,7 @@ __global__ void router_forward(const T* x, const float* w, float* logits, Sizes 
         if (lane == r * kExperts + e) mine = total;
       }
     const int64_t row = first + lane / kExperts, e = expert + lane % kExperts;
-    if (row < s.rows && e < s.experts) logits[row * s.experts + e] = mine;
+    if (row < s.rows && e < s.experts) logits[row * s.experts + e] = noise.add_to(mine, row * s.experts + e);
   }
 }
 
@@ -177,9 +188,9 @@ __global__ void router_total_w(const float* partial, float* dw, int64_t strips, 
 }
 
 template <class T>
-void forward(Cuda, const T* x, const float* w, float* logits, Sizes s) {
+void forward(Cuda, const T* x, const float* w, float* logits, Noise noise, Sizes s) {
   launch_blocks(router_forward<T>, static_cast<unsigned>((s.rows + kWarps * kRows - 1) / (kWarps * kRows)), kWarps * 32,
-                0, x, w, logits, s);
+                0, x, w, logits, noise, s);
 }
 template <class T>
 void backward_x(Cuda, const float* dlogits, const float* w, T* dx, Sizes s) {
@@ -204,7 +215,7 @@ void backward_w(Cuda, const float* dlogits, const T* x, float* dw, Sizes s) {
 
 }  // namespace
 
-Tensor router_logits(const Tensor& x, const Tensor& weight) {
+Tensor router_logits(const Tensor& x, const Tensor& weight, double noise, RngKey key) {
   const DType wide = x.dtype() == DType::f64 ? DType::f64 : DType::f32;
   check(x.rank() == 2 && weight.rank() == 2 && x.size(1) == weight.size(1) && x.numel() > 0 && weight.numel() > 0,
         "router_logits needs rows [N, D] and a weight [E, D] that are not empty, found {} and {}", x.shape().str(),
@@ -217,7 +228,7 @@ Tensor router_logits(const Tensor& x, const Tensor& weight) {
   on_device(x.device(), [&](auto device) {
     dispatch(device, x.dtype(), [&]<class T>() {
       using A = acc_t<T>;
-      forward(device, x.data<T>(), weight.data<A>(), logits.data<A>(), sizes);
+      forward(device, x.data<T>(), weight.data<A>(), logits.data<A>(), Noise{noise, key}, sizes);
     });
   });
   return record("router_logits", logits, {x, weight},

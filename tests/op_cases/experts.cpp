@@ -113,7 +113,7 @@ Tensor reference_grouped(const Tensor& logits, const Tensor& x, const Tensor& w)
   return Tensor::from(y, {rows, outputs}, Device::cpu);
 }
 
-Routing route(const Tensor& logits) { return route_top_k(logits, kChosen); }
+Routing route(const Tensor& logits) { return route(logits, {.chosen = kChosen}).routing; }
 
 }  // namespace
 
@@ -126,25 +126,45 @@ void add_expert_cases(std::vector<OpCase>& cases) {
                    .reference = [](auto& x) { return matmul(cast(x[0], DType::f32), x[1], Transpose::b); },
                    .reduction = 264,
                    .large = {{{8192, 768}}, wide({8, 768})}});
-  cases.push_back({.name = "route_top_k",
+  cases.push_back({.name = "router_logits_with_noise",
+                   .sizes = {{{{37, 13}}, wide({3, 13})}, {{{150, 264}}, wide({8, 264})}},
+                   .run = [](auto& x) { return router_logits(x[0], x[1], 0.5, {7, 11}); },
+                   .reference = [](auto& x) {
+                     const Tensor logits = matmul(cast(x[0], DType::f32), x[1], Transpose::b);
+                     const Tensor noise = Tensor::like(logits);
+                     fill_normal(noise, 0.5, {7, 11});
+                     return add(logits, noise);
+                   },
+                   .reduction = 264});
+  const std::vector<Inputs> routed = {{wide({1, 2})}, {wide({37, 3})}, {wide({700, 8})}, {wide({300, 256})}};
+  const RouteOptions balanced{.chosen = kChosen, .balance = 0.7};
+  cases.push_back({.name = "route",
                    .sizes = {{logits(1, 2)}, {logits(37, 3)}, {logits(700, 8)}, {logits(300, 256)}},
                    .run = [](auto& x) { return route(x[0]).slots; },
                    .reference = [](auto& x) { return reference_slots(x[0]); },
                    .large = {logits(8192, 8)}});
-  const std::vector<Inputs> router = {
-      {logits(1, 2), wide({1, 2})}, {logits(37, 3), wide({37, 3})}, {logits(700, 8), wide({700, 8})}};
-  cases.push_back({.name = "routing_weights",
-                   .sizes = router,
-                   .run = [](auto& x) { return routing_weights(x[1], route(x[0])); },
-                   .reference = [](auto& x) { return reference_weights(x[0], x[1]); },
-                   .reduction = 8,
-                   .large = {logits(8192, 8), wide({8192, 8})}});
-  cases.push_back({.name = "balance_loss",
-                   .sizes = router,
-                   .run = [](auto& x) { return balance_loss(x[1], route(x[0])); },
-                   .reference = [](auto& x) { return reference_balance(x[0], x[1]); },
+  cases.push_back({.name = "route_weights",
+                   .sizes = routed,
+                   .run = [](auto& x) { return route(x[0], {.chosen = kChosen}).weights; },
+                   .reference = [](auto& x) { return reference_weights(x[0], x[0]); },
+                   .reduction = 8});
+  cases.push_back({.name = "route_balance",
+                   .sizes = {{wide({1, 2})}, {wide({37, 3})}, {wide({700, 8})}},
+                   .run = [=](auto& x) { return route(x[0], balanced).balance; },
+                   .reference = [](auto& x) { return scale(reference_balance(x[0], x[0]), 0.7); },
+                   .reduction = 700});
+  cases.push_back({.name = "route_weights_and_balance",
+                   .sizes = routed,
+                   .run = [=](auto& x) {
+                     const Routed r = route(x[0], balanced);
+                     return add(sum(mul(r.weights, r.weights)), r.balance);
+                   },
+                   .reference = [](auto& x) {
+                     const Tensor w = reference_weights(x[0], x[0]);
+                     return add(sum(mul(w, w)), scale(reference_balance(x[0], x[0]), 0.7));
+                   },
                    .reduction = 700,
-                   .large = {logits(8192, 8), wide({8192, 8})}});
+                   .large = {wide({8192, 8})}});
   cases.push_back({.name = "gather_rows",
                    .sizes = {{logits(1, 2), {{1, 1}}}, {logits(37, 3), {{37, 13}}}, {logits(100, 8), {{100, 264}}}},
                    .run = [](auto& x) { return gather_rows(x[1], route(x[0])); },
