@@ -43,6 +43,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=0, help="of both programs; 0: 1 on a GPU, 3 on a CPU")
     parser.add_argument("--compile", default="", help="modes of torch.compile to try (none, default, reduce-overhead, ...); "
                         "default: default on a GPU, none,default on a CPU")
+    parser.add_argument("--seconds", type=int, default=100000, help="PyTorch begins no configuration later than this (it "
+                        "compiles each for half a minute or more)")
     parser.add_argument("--bench-step", default="", help="default: build/cuda/bench_step or build/cpu/bench_step")
     parser.add_argument("--python", default=sys.executable, help="the Python that has PyTorch")
     parser.add_argument("--json", default="", help="also write all results there")
@@ -54,7 +56,7 @@ def main():
     ours = [bench, "--json", "--preset", a.preset, "--device", a.device, "--steps", str(a.steps), "--set", f"configs={a.configs}"]
     modes = a.compile or ("default" if a.device == "cuda" else "none,default")
     theirs = [a.python, os.path.join(ROOT, "tools", "peer", "torch_step.py"), "--preset", a.preset, "--device", a.device,
-              "--steps", str(a.steps), "--configs", a.configs, "--compile", modes]
+              "--steps", str(a.steps), "--configs", a.configs, "--compile", modes, "--seconds", str(a.seconds)]
     if subprocess.run([a.python, "-c", "import torch"], stderr=subprocess.DEVNULL).returncode:
         print(f"torch not found by {a.python}: skipped")
         return
@@ -65,7 +67,10 @@ def main():
           f"{first_ours['batch']} x {first_ours['seq']} tokens a step, dropout, clipping and AdamW in every step")
     print(f"{'':<10} {'weft ms':>9} {'PyTorch ms':>11} {'ratio':>6} {'weft GB':>9} {'PyTorch GB':>11} {'ratio':>6}   torch.compile")
     for name in a.configs.split(","):
-        w, t = weft[name], torch[name]
+        w, t = weft[name], torch.get(name)
+        if not t:
+            print(f"{name:<10} {w['step_ms']:>9.2f} {'-':>11} {'-':>6} {w['peak_memory_gb']:>9.2f}   PyTorch: not run in time")
+            continue
         memory = f"{w['peak_memory_gb']:>9.2f} {'-':>11} {'-':>6}"
         if t["peak_memory_gb"]:
             memory = (f"{w['peak_memory_gb']:>9.2f} {t['peak_memory_gb']:>11.2f} "

@@ -38,6 +38,7 @@ constexpr Row kRows[] = {
     {"gather_rows", Of::both, "", "expert rows"},
     {"sum_rows", Of::both, "", "expert rows"},
     {"expert_mlp", Of::both, "gather", "expert rows"},
+    {"expert_mlp", Of::both, "activate_rows", "expert activation"},
     {"expert_mlp", Of::both, "sum_choices", "expert rows"},
     {"grouped_matmul", Of::forward, "", "experts, forward"},
     {"expert_mlp", Of::forward, "", "experts, forward"},

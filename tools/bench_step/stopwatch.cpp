@@ -76,7 +76,15 @@ double matrix_rate(Device device, DType dtype) {
   const int64_t n = device == Device::cuda ? 8192 : 1024;
   const Tensor a = Tensor::empty({n, n}, dtype, device), b = Tensor::like(a);
   fill_normal(a, 1, {1, 1}), fill_normal(b, 1, {1, 2});
-  return 2 * std::pow(static_cast<double>(n), 3) / fastest(device, [&] { matmul(a, b); });
+  const double flops = 2 * std::pow(static_cast<double>(n), 3);
+  double rate = 0;
+  for (const int64_t rows : {n, 2 * n / 3, n / 2})  // the library's choice for a single size may be a poor one
+    for (const Transpose transpose : {Transpose::none, Transpose::b}) {
+      const Tensor part = a.rows(0, rows);
+      const double seconds = fastest(device, [&] { matmul(part, b, transpose); });
+      rate = std::max(rate, flops * static_cast<double>(rows) / static_cast<double>(n) / seconds);
+    }
+  return rate;
 }
 
 double copy_rate(Device device) {

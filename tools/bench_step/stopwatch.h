@@ -21,7 +21,7 @@ class Stopwatch {
   std::unique_ptr<Marks> marks_;
 };
 
-// FLOP/s of a large square product; bytes/s of a large copy, read and written.
+// FLOP/s of large products, the fastest of several; bytes/s of a large copy, read and written.
 double matrix_rate(Device device, DType dtype);
 double copy_rate(Device device);
 

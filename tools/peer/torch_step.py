@@ -6,6 +6,7 @@ Prints JSON of bench_step's form. Nothing in a step waits for the device."""
 import argparse
 import json
 import math
+import sys
 import time
 
 import torch
@@ -238,14 +239,18 @@ def main():
                         help="mode of torch.compile, or none; several, joined by commas: each is timed, the fastest kept")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=0, help="0: the preset's; fewer compile sooner")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no configuration later than this")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's own choice")
     a = parser.parse_args()
     torch.set_float32_matmul_precision("high" if a.device == "cuda" else "highest")
     if a.threads:
         torch.set_num_threads(a.threads)
     c = PRESETS[a.preset] | ({"layers": a.layers} if a.layers else {})
-    best = []
+    best, start = [], time.perf_counter()
     for name in a.configs.split(","):
+        if time.perf_counter() - start > a.seconds:
+            print(f"{name}: not run, {a.seconds:.0f} s are over", file=sys.stderr)
+            continue
         tried = [bench(name, c, a.device, mode, a.steps) for mode in a.compile.split(",")]
         best.append(min(tried, key=lambda t: t["step_ms"]) |
                     {"all_modes": {t["compile"]: t["step_ms"] for t in tried}})
