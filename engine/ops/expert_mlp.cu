@@ -4,6 +4,7 @@
 // da = down^T dy.
 #include <algorithm>
 
+#include "engine/cpu/exp.h"
 #include "engine/ops/grouped_matmul_kernels.h"
 #include "engine/ops/masked.h"
 #include "engine/ops/routing.h"
@@ -34,11 +35,12 @@ WEFT_HD A sigmoid(A x) {
     return 0.5f * t + 0.5f;
   }
 #endif
-  return 1 / (1 + exp(-x));
+  return 1 / (1 + loop_exp(-x));
 }
 template <class T, class A = acc_t<T>>
 WEFT_HD T activate(A h, A weight, bool kept) {
-  return T(kept ? weight * (h * sigmoid<T>(h)) : A(0));
+  const A a = weight * (h * sigmoid<T>(h));
+  return T(kept ? a : A(0));
 }
 // da becomes a, h becomes dh; returns this element's part of dw.
 template <class T, class A = acc_t<T>>
@@ -50,26 +52,60 @@ WEFT_HD A activate_backward(T& da, T& h, A weight, bool kept) {
 }
 
 template <class T, class A>
+WEFT_WIDEST void activate_drawn(const uint16_t* halves, uint32_t threshold, A weight, int64_t n, const T* h, T* a) {
+  for (int64_t i = 0; i < n; ++i) a[i] = activate<T>(A(h[i]), weight, halves[i] < threshold);
+}
+template <class T, class A>
+WEFT_WIDEST A activate_backward_drawn(const uint16_t* halves, uint32_t threshold, A weight, int64_t n, const T* h, T* da,
+                                      T* dh) {
+  constexpr int64_t kSums = 16;  // side by side
+  A sums[kSums] = {}, total = 0;
+  const auto one = [&](int64_t i) {
+    T value = h[i];
+    const A part = activate_backward<T>(da[i], value, weight, halves[i] < threshold);
+    dh[i] = value;
+    return part;
+  };
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+#pragma GCC ivdep
+    for (int64_t j = 0; j < kSums; ++j) sums[j] += one(i + j);
+  for (; i < n; ++i) total += one(i);
+  for (const A sum : sums) total += sum;
+  return total;
+}
+
+// The mask at this step; one that keeps all where nothing is dropped (its bits, 16 of each element, are below 2^16).
+template <class A>
+Mask drawn_mask(const Activation<A>& f) {
+  Mask mask = f.mask;
+  mask.key = mask.key.at_step();
+  if (!f.drops) mask.threshold = 1 << 16;
+  return mask;
+}
+
+template <class T, class A>
 void forward(Cpu, const Activation<A>& f, const T* h, T* a) {
   parallel_for(f.rows, std::max<int64_t>(1, 4096 / (f.width + 1)), [=](int64_t from, int64_t to) {
-    MaskReader kept(f.mask);
-    for (int64_t row = from; row < to; ++row)
-      for (int64_t i = row * f.width; i < (row + 1) * f.width; ++i)
-        a[i] = activate<T>(A(h[i]), f.scale * f.weights[f.sources[row]], !f.drops || kept(i));
+    const Mask mask = drawn_mask(f);
+    for (int64_t row = from; row < to; ++row) {
+      const A weight = f.scale * f.weights[f.sources[row]];
+      for_drawn(mask, row * f.width, (row + 1) * f.width, [&](int64_t first, int64_t n, const uint16_t* halves) {
+        activate_drawn(halves, mask.threshold, weight, n, h + first, a + first);
+      });
+    }
   });
 }
 template <class T, class A>
 void backward(Cpu, const Activation<A>& f, T* da, const T* h, T* dh, A* dweights) {
   parallel_for(f.rows, std::max<int64_t>(1, 4096 / (f.width + 1)), [=](int64_t from, int64_t to) {
-    MaskReader kept(f.mask);
+    const Mask mask = drawn_mask(f);
     for (int64_t row = from; row < to; ++row) {
       const A weight = f.scale * f.weights[f.sources[row]];
       A dot = 0;
-      for (int64_t i = row * f.width; i < (row + 1) * f.width; ++i) {
-        T value = h[i];
-        dot += activate_backward<T>(da[i], value, weight, !f.drops || kept(i));
-        dh[i] = value;
-      }
+      for_drawn(mask, row * f.width, (row + 1) * f.width, [&](int64_t first, int64_t n, const uint16_t* halves) {
+        dot += activate_backward_drawn(halves, mask.threshold, weight, n, h + first, da + first, dh + first);
+      });
       dweights[f.sources[row]] = f.scale * dot;
     }
   });

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "engine/cpu/exp.h"
 #include "engine/cpu/gemm.h"
 #include "engine/cpu/parallel.h"
 #include "engine/ops.h"
@@ -36,13 +37,13 @@ void row_losses(Cpu, T* z, const int32_t* targets, A* losses, int32_t* hits, int
         largest = std::max(largest, A(zr[i]));
         first = first && (i < target ? A(zr[i]) < at_target : A(zr[i]) <= at_target);
       }
-      for (int64_t i = 0; i < v; ++i) total += std::exp(A(zr[i]) - largest);
+      for (int64_t i = 0; i < v; ++i) total += loop_exp(A(zr[i]) - largest);
       const A lse = largest + std::log(total);
       losses[row] = lse - at_target;
       if (hits) hits[row] = first;
       if (gradient)
         for (int64_t i = 0; i < v; ++i)
-          zr[i] = T(A(scale) * (std::exp(A(zr[i]) - lse) - (i == target ? A(1) : A(0))));
+          zr[i] = T(A(scale) * (loop_exp(A(zr[i]) - lse) - (i == target ? A(1) : A(0))));
     }
   });
 }

@@ -33,6 +33,18 @@ class MaskReader {
   uint16_t halves_[kDrawn];
 };
 
+// Draws elements [from, to) of a mask, whose key is at_step(), piece by piece: f(first element, how many, their halves).
+template <class F>
+void for_drawn(const Mask& mask, int64_t from, int64_t to, F f) {
+  uint16_t halves[kDrawn];
+  while (from < to) {
+    const int64_t first = from / 8 * 8, end = std::min(to, first + kDrawn);
+    draw_halves(mask.key, static_cast<uint64_t>(first), end - first, halves);
+    f(from, end - from, halves + (from - first));
+    from = end;
+  }
+}
+
 template <class T, class F, class... X>
 WEFT_WIDEST void map_drawn(const uint16_t* halves, uint32_t threshold, int64_t n, F f, T* y, const X*... x) {
 #pragma GCC ivdep
@@ -44,12 +56,9 @@ template <class T, class F, class... X>
 void map_masked(Cpu, int64_t n, Mask mask, F f, T* y, const X*... x) {
   mask.key = mask.key.at_step();
   parallel_for((n + kDrawn - 1) / kDrawn, 8, [=](int64_t first, int64_t last) {
-    uint16_t halves[kDrawn];
-    for (int64_t from = first * kDrawn; from < std::min(n, last * kDrawn); from += kDrawn) {
-      const int64_t count = std::min(kDrawn, n - from);
-      draw_halves(mask.key, static_cast<uint64_t>(from), count, halves);
+    for_drawn(mask, first * kDrawn, std::min(n, last * kDrawn), [&](int64_t from, int64_t count, const uint16_t* halves) {
       map_drawn(halves, mask.threshold, count, f, y + from, x + from...);
-    }
+    });
   });
 }
 
