@@ -4,7 +4,7 @@
 // balance = b E / N * sum_n sum_e share_e p[n, e], p = softmax(logits) of a row, share_e the part of all choices that
 // went to e, a constant. Shares are near 1 / E, and only what they differ by has a gradient: with excess_e = share_e -
 // 1 / E and s_n = sum_e excess_e p[n, e], balance = b (1 + E / N * sum_e excess_e sum_n p[n, e]), and dlogits[n, e] =
-// dbalance b E / N * p[n, e] (excess_e - s_n), plus w_k (dw_k - sum_j dw_j w_j) for the chosen e_k, lose no digits to
+// dbalance b E / N * p[n, e] (excess_e - s_n), plus w_k sum_j w_j (dw_k - dw_j) for the chosen e_k, lose no digits to
 // the part that cancels.
 #include <algorithm>
 #include <cmath>
@@ -86,9 +86,11 @@ struct Gradient {
     }
     if (!dweights) return;
     const T *w = weights + n * k, *dw = dweights + n * k;
-    T dot = 0;
-    for (int i = 0; i < k; ++i) dot += w[i] * dw[i];
-    for (int i = 0; i < k; ++i) out[chosen[i]] += w[i] * (dw[i] - dot);
+    for (int i = 0; i < k; ++i) {
+      T beyond = 0;
+      for (int j = 0; j < k; ++j) beyond += w[j] * (dw[i] - dw[j]);
+      out[chosen[i]] += w[i] * beyond;
+    }
   }
 };
 
