@@ -1,5 +1,5 @@
 // Errors: what must hold, what was found and where. Every part of weft reports bad input by throwing Error;
-// only a main() catches it, prints it once and exits with its code.
+// only a main() catches it, by run_program, prints it once and exits with its code.
 #pragma once
 #ifdef __CUDACC__
 #define FMT_USE_CONSTEXPR 1  // fmt 9 turns constexpr off under nvcc and then breaks in C++20
@@ -7,6 +7,7 @@
 #include <fmt/core.h>
 
 #include <cstdint>
+#include <functional>
 #include <source_location>
 #include <stdexcept>
 #include <string>
@@ -57,5 +58,8 @@ template <class... A>
 [[noreturn]] void fail(Fault fault, const char* format, const A&... args) {
   throw_fault(fault, format, fmt::make_format_args(args...));
 }
+
+// The whole of a program `name`'s main(): the exit code is body's, or of what it threw, which is printed to stderr.
+int run_program(const char* name, const std::function<int()>& body);
 
 }  // namespace weft

@@ -20,7 +20,6 @@ Tensor cast(const Tensor& x, DType dtype);     // x in another floating dtype; x
 // x / (1-p) where Mask(key, p) of engine/random.h keeps an element, else 0; p is rounded to 2^-16. The mask is drawn
 // again in the gradient. p = 0 gives x itself.
 Tensor dropout(const Tensor& x, double p, RngKey key);
-Tensor silu_dropout(const Tensor& x, double p, RngKey key);  // dropout(silu(x), p, key)
 
 // ---- shape
 Tensor reshape(const Tensor& x, const Shape& shape);                    // shares data
@@ -101,10 +100,10 @@ NormedSum add_rms_norm(const Tensor& residual, const Tensor& rows, const Routing
                        double p = 0, RngKey key = {});
 // Rows of expert e times w[e] transposed: x [R, I], w [E, O, I] -> [R, O]. Experts may be empty.
 Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r);
-// weights[n,k] * down[e] silu_dropout(up[e] x[n], p, key) in row slots[n,k], e the expert of choice (n, k); sum_rows or
-// add_rms_norm make one row a token of it. x [N, D], up [E, F, D], down [E, D, F], weights [N, K] in f32 (f64 for f64)
-// -> [N*K, D]. Element row*F + f of the mask is that of up's output sorted by expert. Of the activations it saves x and
-// up's output, which the gradient overwrites.
+// weights[n,k] * down[e] dropout(silu(up[e] x[n]), p, key) in row slots[n,k], e the expert of choice (n, k); sum_rows
+// or add_rms_norm make one row a token of it. x [N, D], up [E, F, D], down [E, D, F], weights [N, K] in f32 (f64 for
+// f64) -> [N*K, D]. Element row*F + f of the mask is that of up's output sorted by expert. Of the activations it saves x
+// and up's output, which the gradient overwrites.
 Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& weights, const Routing& r,
                   double p, RngKey key);
 

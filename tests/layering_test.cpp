@@ -44,12 +44,3 @@ TEST_CASE("files include only from their own layer and those below") {
     CHECK_MESSAGE(files > 0, folder << " has no files: the rule checks nothing");
   }
 }
-
-TEST_CASE("only cudnn_attention may include cuDNN") {
-  for (const auto& entry : fs::recursive_directory_iterator(fs::path(WEFT_SOURCE_DIR) / "engine")) {
-    if (!entry.is_regular_file() || entry.path().stem() == "cudnn_attention") continue;
-    std::ifstream in(entry.path());
-    for (std::string line; std::getline(in, line);)
-      CHECK_MESSAGE(!line.starts_with("#include <cudnn"), entry.path().string());
-  }
-}

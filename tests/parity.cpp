@@ -258,13 +258,5 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    return run(argc, argv);
-  } catch (const Error& e) {
-    fmt::print(stderr, "parity: {}\n", e.what());
-    return e.exit_code();
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "parity: {}\n", e.what());
-    return static_cast<int>(Fault::internal);
-  }
+  return run_program("parity", [&] { return run(argc, argv); });
 }

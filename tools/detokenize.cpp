@@ -55,13 +55,5 @@ int run(int argc, char** argv) {
 }  // namespace weft
 
 int main(int argc, char** argv) {
-  try {
-    return weft::run(argc, argv);
-  } catch (const weft::Error& e) {
-    fmt::print(stderr, "detokenize: error: {}\n", e.what());
-    return e.exit_code();
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "detokenize: bug: {}\n", e.what());
-    return 1;
-  }
+  return weft::run_program("detokenize", [&] { return weft::run(argc, argv); });
 }

@@ -6,7 +6,9 @@
 #include "engine/check.h"
 #include "tools/report/report.h"
 
-int main(int argc, char** argv) {
+namespace {
+
+int run(int argc, char** argv) {
   CLI::App app("Compares the attention configurations that train_exp1 trained.");
   std::vector<std::string> folders;
   std::string out;
@@ -21,18 +23,16 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& e) {
     return app.exit(e) == 0 ? 0 : static_cast<int>(weft::Fault::usage);
   }
-  try {
-    std::vector<weft::Results> results;
-    for (const std::string& folder : folders) results.push_back(weft::read_results(folder));
-    const std::string markdown = weft::write_report(results, out.empty() ? folders.front() : out, options);
-    std::fwrite(markdown.data(), 1, markdown.size(), stdout);
-    if (std::fflush(stdout) != 0) weft::fail(weft::Fault::io, "standard output: cannot be written");
-    return 0;
-  } catch (const weft::Error& e) {
-    fmt::print(stderr, "report: {}\n", e.what());
-    return e.exit_code();
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "report: {}\n", e.what());
-    return static_cast<int>(weft::Fault::internal);
-  }
+  std::vector<weft::Results> results;
+  for (const std::string& folder : folders) results.push_back(weft::read_results(folder));
+  const std::string markdown = weft::write_report(results, out.empty() ? folders.front() : out, options);
+  std::fwrite(markdown.data(), 1, markdown.size(), stdout);
+  if (std::fflush(stdout) != 0) weft::fail(weft::Fault::io, "standard output: cannot be written");
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return weft::run_program("report", [&] { return run(argc, argv); });
 }

@@ -445,13 +445,5 @@ int main_of(int argc, char** argv) {
 }  // namespace weft
 
 int main(int argc, char** argv) {
-  try {
-    return weft::main_of(argc, argv);
-  } catch (const weft::Error& e) {
-    fmt::print(stderr, "tokenize: error: {}\n", e.what());
-    return e.exit_code();
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "tokenize: bug: {}\n", e.what());
-    return 1;
-  }
+  return weft::run_program("tokenize", [&] { return weft::main_of(argc, argv); });
 }

@@ -92,13 +92,5 @@ int run(int argc, char** argv) {
 }  // namespace weft
 
 int main(int argc, char** argv) {
-  try {
-    return weft::run(argc, argv);
-  } catch (const weft::Error& e) {
-    fmt::print(stderr, "train_tokenizer: error: {}\n", e.what());
-    return e.exit_code();
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "train_tokenizer: bug: {}\n", e.what());
-    return 1;
-  }
+  return weft::run_program("train_tokenizer", [&] { return weft::run(argc, argv); });
 }

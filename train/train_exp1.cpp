@@ -1,7 +1,6 @@
 // train_exp1: trains the three attention configurations alike and writes a run folder that tools/report compares.
 #include <CLI/CLI.hpp>
 #include <ctime>
-#include <iostream>
 
 #include "model/transformer.h"
 #include "train/algorithms.h"
@@ -115,13 +114,5 @@ int run(int argc, char** argv) {
 }  // namespace weft
 
 int main(int argc, char** argv) {
-  try {
-    return weft::run(argc, argv);
-  } catch (const weft::Error& e) {
-    std::cerr << "train_exp1: error: " << e.what() << "\n";
-    return e.exit_code();
-  } catch (const std::exception& e) {
-    std::cerr << "train_exp1: bug: " << e.what() << "\n";
-    return 1;
-  }
+  return weft::run_program("train_exp1", [&] { return weft::run(argc, argv); });
 }

@@ -212,7 +212,7 @@ void add_expert_cases(std::vector<OpCase>& cases) {
                    .run = [key](auto& x) { return expert_mlp(x[1], x[2], x[3], x[4], route(x[0]), 0.3, key); },
                    .reference = [key](auto& x) {
                      const Tensor h = reference_grouped(x[0], reference_gather(x[0], x[1]), x[2]);
-                     return reference_weighed(x[0], reference_grouped(x[0], silu_dropout(h, 0.3, key), x[3]), x[4]);
+                     return reference_weighed(x[0], reference_grouped(x[0], dropout(silu(h), 0.3, key), x[3]), x[4]);
                    },
                    .reduction = 136,
                    .products = 2,

@@ -98,9 +98,6 @@ void add_layer_cases(std::vector<OpCase>& cases) {
   cases.push_back({.name = "dropout", .sizes = {{{{3, 37}}}, {{{8, 4}}}, {{{1}}}, {{{5, 129, 3}}}},
                    .run = [](auto& x) { return dropout(x[0], 0.3, kKey); },
                    .reference = [](auto& x) { return dropout_loops(x[0], 0.3); }, .large = {{tokens}}});
-  cases.push_back({.name = "silu_dropout", .sizes = {{{{3, 37}}}, {{{8, 4}}}, {{{1}}}, {{{5, 129, 3}}}},
-                   .run = [](auto& x) { return silu_dropout(x[0], 0.3, kKey); },
-                   .reference = [](auto& x) { return dropout(silu(x[0]), 0.3, kKey); }, .large = {{{16384, 3072}}}});
 
   const auto norm = [](auto& x) { return rms_norm(x[0], x[1], 1e-6); };
   const auto norm_loops = [](auto& x) { return rms_norm_loops(x[0], x[1], 1e-6); };

@@ -49,7 +49,6 @@ constexpr Row kRows[] = {
     {"grouped_matmul", Of::gradient, "", "experts, input gradient"},
     {"expert_mlp", Of::gradient, "", "experts, input gradient"},
     {"silu", Of::both, "", "expert activation"},
-    {"silu_dropout", Of::both, "", "expert activation"},
     {"linear_cross_entropy", Of::both, "row_losses", "cross-entropy"},
     {"linear_cross_entropy", Of::both, "totals", "cross-entropy"},
     {"linear_cross_entropy", Of::both, "scale_by", "gradient sums"},
