@@ -319,4 +319,10 @@ Results read_results(const std::filesystem::path& folder) {
   return results;
 }
 
+int64_t complete_runs(const Results& r) {
+  return std::count_if(r.runs.begin(), r.runs.end(), [](const Run& run) { return run.complete; });
+}
+
+int64_t wanted_runs(const Results& r) { return static_cast<int64_t>(r.setup.configs.size() * r.setup.seeds.size()); }
+
 }  // namespace weft

@@ -66,4 +66,7 @@ struct Results {
 // Throws Error: Fault::io when there is nothing to read, Fault::data when it is not what train_exp1 writes.
 Results read_results(const std::filesystem::path& folder);
 
+int64_t complete_runs(const Results& r);
+int64_t wanted_runs(const Results& r);  // of its configurations and seeds
+
 }  // namespace weft
