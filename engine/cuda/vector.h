@@ -1,5 +1,5 @@
-// For kernels: 16-byte accesses that fall back to single elements at a ragged end or on an odd address, and sums over a
-// warp or a block in a fixed order.
+// For kernels: 16-byte accesses that fall back to single elements at a ragged end or on an odd address, sums over a warp
+// or a block in a fixed order, and a fast power of two.
 #pragma once
 #include <cstring>
 
@@ -17,19 +17,32 @@ struct Pack {
 template <class T>
 constexpr int kPack = static_cast<int>(16 / sizeof(T));
 
+// p[0..N): whole multiples of 16 bytes at an address for them.
+template <int N, class T>
+__device__ inline Pack<T, N> load_whole_pack(const T* p) {
+  static_assert(N * sizeof(T) % 16 == 0);
+  uint4 raw[N * sizeof(T) / 16];
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i) raw[i] = reinterpret_cast<const uint4*>(p)[i];
+  Pack<T, N> pack;
+  memcpy(&pack, raw, sizeof pack);
+  return pack;
+}
+template <int N, class T>
+__device__ inline void store_whole_pack(T* p, const Pack<T, N>& pack) {
+  static_assert(N * sizeof(T) % 16 == 0);
+  uint4 raw[N * sizeof(T) / 16];
+  memcpy(raw, &pack, sizeof pack);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i) reinterpret_cast<uint4*>(p)[i] = raw[i];
+}
+
 // p[0..N), of which only the first `left` exist; the others are zero.
 template <int N, class T>
 __device__ inline Pack<T, N> load_pack(const T* p, int64_t left) {
+  if constexpr (N * sizeof(T) % 16 == 0)
+    if (left >= N && reinterpret_cast<uintptr_t>(p) % 16 == 0) return load_whole_pack<N>(p);
   Pack<T, N> pack;
-  if constexpr (N * sizeof(T) % 16 == 0) {
-    if (left >= N && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
-      uint4 raw[N * sizeof(T) / 16];
-#pragma unroll
-      for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i) raw[i] = reinterpret_cast<const uint4*>(p)[i];
-      memcpy(&pack, raw, sizeof pack);
-      return pack;
-    }
-  }
 #pragma unroll
   for (int i = 0; i < N; ++i) pack.v[i] = i < left ? p[i] : T(0.0f);
   return pack;
@@ -37,15 +50,8 @@ __device__ inline Pack<T, N> load_pack(const T* p, int64_t left) {
 
 template <int N, class T>
 __device__ inline void store_pack(T* p, const Pack<T, N>& pack, int64_t left) {
-  if constexpr (N * sizeof(T) % 16 == 0) {
-    if (left >= N && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
-      uint4 raw[N * sizeof(T) / 16];
-      memcpy(raw, &pack, sizeof pack);
-#pragma unroll
-      for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i) reinterpret_cast<uint4*>(p)[i] = raw[i];
-      return;
-    }
-  }
+  if constexpr (N * sizeof(T) % 16 == 0)
+    if (left >= N && reinterpret_cast<uintptr_t>(p) % 16 == 0) return store_whole_pack(p, pack);
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (i < left) p[i] = pack.v[i];
@@ -83,6 +89,13 @@ __device__ inline float block_max(float v) {
   if (lane == 0) partial[threadIdx.x / 32] = v;
   __syncthreads();
   return warp_max(lane < warps ? partial[lane] : -INFINITY);
+}
+
+// 2^x to 2 units in the last place.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // Threads of a block that walks one row of `width` elements in packs: whole warps, at most `most`.

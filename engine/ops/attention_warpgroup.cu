@@ -15,12 +15,6 @@ namespace {
 constexpr int kRows = 64, kThreads = 128;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-__device__ inline float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 extern __shared__ __align__(1024) bf16 shared_panels[];
 
 // A tile [rows, width] lies in panels of 64 columns, each laid out for warpgroup_tile. Lane: the thread in its warp, and
@@ -229,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, W::forward_blocks) warpgroup_forward
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& weight = p[j][2 * half + e];
-            weight = fast_exp2(fmaf(scale, weight, shift));
+            weight = exp2_approx(fmaf(scale, weight, shift));
             total[half] += weight;
           }
       }
@@ -266,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, W::forward_blocks) warpgroup_forward
 // Turns q.k into the dropped probability and dy.v into ds, both but for the factor keep_scale (ds: and scale); so
 // `delta` is divided by it. `scale` and `lse` are for exp2.
 __device__ void element_gradient(float& qk, float& dyv, bool kept, float scale, float lse, float delta) {
-  const float p = fast_exp2(fmaf(qk, scale, -lse));
+  const float p = exp2_approx(fmaf(qk, scale, -lse));
   qk = kept ? p : 0.0f;
   dyv = fmaf(qk, dyv, -p * delta);
 }

@@ -68,13 +68,6 @@ void scale_by(Cpu, const A* s, const X* x, Y* y, int64_t n, bool add) {
 constexpr int kThreads = 512;
 constexpr int64_t kHeldBytes = 49152 * 2;  // of a row; two blocks stand on a multiprocessor
 
-// 2^x to 2 units in the last place.
-__device__ inline float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 template <class T, int kN>
 struct alignas(sizeof(T) * kN) Logits {
   T v[kN];
