@@ -2,12 +2,14 @@
 // product with a handful of columns is bound by reading x, where a GEMM leaves its tiles empty: cuBLAS took 0.29 ms for
 // the dW of 8 experts of width 768 over 8192 rows.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "engine/allocator.h"
 #include "engine/cpu/parallel.h"
 #include "engine/ops.h"
 #if WEFT_CUDA
+#include "engine/cuda/tensor_core.h"
 #include "engine/cuda/vector.h"
 #endif
 
@@ -39,12 +41,13 @@ void forward(Cpu, const T* x, const A* w, A* logits, Noise noise, Sizes s) {
       }
   });
 }
+// `so_far` is null, or dx itself where the gradient is added to what is there.
 template <class T, class A = acc_t<T>>
-void backward_x(Cpu, const A* dlogits, const A* w, T* dx, Sizes s) {
+void backward_x(Cpu, const A* dlogits, const A* w, const T* so_far, T* dx, Sizes s) {
   parallel_for(s.rows, 16, [=](int64_t from, int64_t to) {
     std::vector<A> sums(static_cast<size_t>(s.width));
     for (int64_t row = from; row < to; ++row) {
-      std::fill(sums.begin(), sums.end(), A(0));
+      for (int64_t i = 0; i < s.width; ++i) sums[static_cast<size_t>(i)] = so_far ? A(so_far[row * s.width + i]) : A(0);
       for (int64_t e = 0; e < s.experts; ++e)
         for (int64_t i = 0; i < s.width; ++i)
           sums[static_cast<size_t>(i)] += dlogits[row * s.experts + e] * w[e * s.width + i];
@@ -65,14 +68,14 @@ void backward_w(Cpu, const A* dlogits, const T* x, A* dw, Sizes s) {
 }
 
 #if WEFT_CUDA
-constexpr int kWarps = 4;    // of a block
-constexpr int kRows = 4;     // rows that share one reading of W
 constexpr int kExperts = 8;  // experts whose sums a thread holds
-constexpr int kTile = 64;    // rows of dlogits in shared memory
+constexpr int kWarps = 8;    // of a block
 
-// A warp makes kRows rows of logits, kExperts at a time.
+// A warp makes kRows rows of logits, kExperts at a time: of f32, and of rows that are not whole packs.
+constexpr int kRows = 4;
 template <class T>
-__global__ void router_forward(const T* x, const float* w, float* logits, Noise noise, Sizes s) {
+__global__ void __launch_bounds__(kWarps * 32) router_forward(const T* x, const float* w, float* logits, Noise noise,
+                                                              Sizes s) {
   constexpr int kN = kPack<T>;
   noise.key = noise.key.at_step();
   const int lane = threadIdx.x % 32;
@@ -106,67 +109,161 @@ __global__ void router_forward(const T* x, const float* w, float* logits, Noise 
   }
 }
 
-// A thread makes one pack of columns of kRows rows of dx.
-template <class T>
-__global__ void router_backward_x(const float* dlogits, const float* w, T* dx, Sizes s, int64_t packs) {
-  constexpr int kN = kPack<T>;
-  const int64_t i = element_index(), first = i / packs * kRows, column = i % packs * kN;
-  if (first >= s.rows) return;
-  float sum[kRows][kN] = {};
-#pragma unroll 4
-  for (int64_t e = 0; e < s.experts; ++e) {
-    const auto ws = load_pack<kN>(w + e * s.width + column, s.width - column);
+// A block makes kTiles x 16 rows of kExperts logits with the matrix instruction, its warps taking turns at 32 columns;
+// W goes in as three bf16 parts that add up to it. The order of the columns is that of the loads: lane 4 g + c has 8
+// adjacent ones of row g, where the instruction has two pairs, and the same ones of W.
+constexpr int kTiles = 2;   // that share a warp's W
+constexpr int kChunks = 3;  // of 32 columns, on the way at once
+__global__ void __launch_bounds__(kWarps * 32, 2) router_forward_mma(const bf16* x, const float* w, float* logits,
+                                                                     Noise noise, Sizes s) {
+  __shared__ float sums[kWarps][kTiles * 16][kExperts];
+  noise.key = noise.key.at_step();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+  const int64_t first = blockIdx.x * int64_t{kTiles * 16}, expert = blockIdx.y * int64_t{kExperts};
+  const float* w_row = w + min(expert + g, s.experts - 1) * s.width;
+  float sum[kTiles][4] = {};
+  for (int64_t from = warp * 32; from < s.width; from += kChunks * kWarps * 32) {
+    uint4 xs[kChunks][kTiles * 2] = {};
+    float4 ws[kChunks][2] = {};
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const float d = dlogits[min(first + r, s.rows - 1) * s.experts + e];
+    for (int k = 0; k < kChunks; ++k) {
+      const int64_t column = from + k * kWarps * 32 + c * 8;
+      if (column >= s.width) continue;
 #pragma unroll
-      for (int j = 0; j < kN; ++j) sum[r][j] += d * ws.v[j];
+      for (int r = 0; r < kTiles * 2; ++r)
+        xs[k][r] = *reinterpret_cast<const uint4*>(x + min(first + r * 8 + g, s.rows - 1) * s.width + column);
+      ws[k][0] = *reinterpret_cast<const float4*>(w_row + column);
+      ws[k][1] = *reinterpret_cast<const float4*>(w_row + column + 4);
     }
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float4 rest = ws[k][half];
+#pragma unroll
+        for (int part = 0; part < 3; ++part) {
+          const bf16 b[4] = {bf16(rest.x), bf16(rest.y), bf16(rest.z), bf16(rest.w)};
+          const uint32_t b0 = pack(rest.x, rest.y), b1 = pack(rest.z, rest.w);
+          rest = {rest.x - float(b[0]), rest.y - float(b[1]), rest.z - float(b[2]), rest.w - float(b[3])};
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t) {
+            const uint4 &top = xs[k][t * 2], &low = xs[k][t * 2 + 1];
+            multiply_add(sum[t], half ? Quad{top.z, low.z, top.w, low.w} : Quad{top.x, low.x, top.y, low.y}, b0, b1);
+          }
+        }
+      }
   }
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (first + r >= s.rows) return;
-    Pack<T, kN> out;
+  for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-    for (int j = 0; j < kN; ++j) out.v[j] = T(sum[r][j]);
-    store_pack(dx + (first + r) * s.width + column, out, s.width - column);
+    for (int e = 0; e < 4; ++e) sums[warp][t * 16 + g + e / 2 * 8][c * 2 + e % 2] = sum[t][e];
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTiles * 16 * kExperts; i += blockDim.x) {
+    const int64_t row = first + i / kExperts, e = expert + i % kExperts;
+    if (row >= s.rows || e >= s.experts) continue;
+    float total = 0;
+#pragma unroll
+    for (int part = 0; part < kWarps; ++part) total += sums[part][i / kExperts][i % kExperts];
+    logits[row * s.experts + e] = noise.add_to(total, row * s.experts + e);
   }
 }
 
-// Block (c, p, g): over strip p of rows, the sums of 128 columns for kExperts experts; partial [strips, E, D].
-template <class T>
-__global__ void router_partial_w(const float* dlogits, const T* x, float* partial, Sizes s, int64_t strip) {
-  __shared__ float4 tile[kTile][kExperts / 4];
-  const int64_t column = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, expert = blockIdx.z * int64_t{kExperts};
-  const int64_t end = min(s.rows, (blockIdx.y + 1) * strip);
-  float sum[kExperts] = {};
-  for (int64_t begin = blockIdx.y * strip; begin < end; begin += kTile) {
-    const int rows = static_cast<int>(min(int64_t{kTile}, end - begin));
+// A thread makes one pack of columns of kEach rows of dx.
+template <class T, int kEach>
+__global__ void __launch_bounds__(kWarps * 32) router_backward_x(const float* dlogits, const float* w, const T* so_far,
+                                                                 T* dx, Sizes s) {
+  constexpr int kN = kPack<T>, kTile = kEach * kWarps;
+  __shared__ alignas(16) float tile[kExperts][kTile];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t column = (blockIdx.y * int64_t{32} + lane) * kN;
+  const int64_t top = blockIdx.x * int64_t{kTile}, first = top + warp * kEach;
+  const auto left = [&](int r) { return first + r < s.rows ? s.width - column : 0; };
+  Pack<T, kN> before[kEach] = {};
+  if (so_far) {
+#pragma unroll
+    for (int r = 0; r < kEach; ++r) before[r] = load_pack<kN>(so_far + (first + r) * s.width + column, left(r));
+  }
+  float sum[kEach][kN];
+#pragma unroll
+  for (int r = 0; r < kEach; ++r)
+#pragma unroll
+    for (int j = 0; j < kN; ++j) sum[r][j] = float(before[r].v[j]);
+  for (int64_t expert = 0; expert < s.experts; expert += kExperts) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTile * kExperts; i += blockDim.x) {
+      const int64_t row = top + i / kExperts, e = expert + i % kExperts;
+      tile[i % kExperts][i / kExperts] = row < s.rows && e < s.experts ? dlogits[row * s.experts + e] : 0.0f;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < kExperts; ++e) {
+      const auto ws = load_pack<kN>(w + min(expert + e, s.experts - 1) * s.width + column, s.width - column);
+      const auto ds = load_pack<kEach>(&tile[e][warp * kEach], kEach);
+#pragma unroll
+      for (int r = 0; r < kEach; ++r)
+#pragma unroll
+        for (int j = 0; j < kN; ++j) sum[r][j] += ds.v[r] * ws.v[j];
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kEach; ++r) {
+    Pack<T, kN> out;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) out.v[j] = T(sum[r][j]);
+    store_pack(dx + (first + r) * s.width + column, out, left(r));
+  }
+}
+
+// Block (p, c, g): over strip p of rows, the sums of 32 packs of columns for kExperts experts, a warp to every
+// kWarps-th row; partial [strips, E, D].
+template <class T, int kEach>
+__global__ void __launch_bounds__(kWarps * 32, kEach > 4 ? 1 : 2)
+    router_partial_w(const float* dlogits, const T* x, float* partial, Sizes s, int64_t strip) {
+  constexpr int kN = kPack<T>, kTile = kEach * kWarps, kHalf = kExperts / 2;
+  __shared__ alignas(16) float tile[kTile][kExperts], sums[kWarps][kHalf][32 * kN];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t left_column = blockIdx.y * int64_t{32 * kN}, column = left_column + lane * kN;
+  const int64_t expert = blockIdx.z * int64_t{kExperts}, end = min(s.rows, (blockIdx.x + 1) * strip);
+  Pack<float, kN> sum[kExperts] = {};
+  for (int64_t begin = blockIdx.x * strip; begin < end; begin += kTile) {
+    Pack<T, kN> xs[kEach];
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      const int64_t row = begin + warp + k * kWarps;
+      xs[k] = load_pack<kN>(x + row * s.width + column, row < end ? s.width - column : 0);
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < kTile * kExperts; i += blockDim.x) {
       const int64_t row = begin + i / kExperts, e = expert + i % kExperts;
-      reinterpret_cast<float*>(tile)[i] = row < end && e < s.experts ? dlogits[row * s.experts + e] : 0.0f;
+      tile[i / kExperts][i % kExperts] = row < end && e < s.experts ? dlogits[row * s.experts + e] : 0.0f;
     }
     __syncthreads();
-    if (column >= s.width) continue;
-    const T* from = x + begin * s.width + column;
-#pragma unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const float v = float(from[r * s.width]);
 #pragma unroll
-      for (int q = 0; q < kExperts / 4; ++q) {
-        const float4 d = tile[r][q];
-        sum[q * 4] += d.x * v;
-        sum[q * 4 + 1] += d.y * v;
-        sum[q * 4 + 2] += d.z * v;
-        sum[q * 4 + 3] += d.w * v;
+    for (int k = 0; k < kEach; ++k) {
+      const auto ds = load_pack<kExperts>(tile[warp + k * kWarps], kExperts);
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+        const float v = float(xs[k].v[j]);
+#pragma unroll
+        for (int e = 0; e < kExperts; ++e) sum[e].v[j] += ds.v[e] * v;
       }
     }
   }
-  if (column >= s.width) return;
 #pragma unroll
-  for (int e = 0; e < kExperts; ++e)
-    if (expert + e < s.experts) partial[(blockIdx.y * s.experts + expert + e) * s.width + column] = sum[e];
+  for (int half = 0; half < 2; ++half) {
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < kHalf; ++e) store_pack(&sums[warp][e][lane * kN], sum[half * kHalf + e], kN);
+    __syncthreads();
+    for (int i = threadIdx.x; i < kHalf * 32 * kN; i += blockDim.x) {
+      const int64_t e = expert + half * kHalf + i / (32 * kN), to = left_column + i % (32 * kN);
+      if (e >= s.experts || to >= s.width) continue;
+      float total = 0;
+#pragma unroll
+      for (int part = 0; part < kWarps; ++part) total += sums[part][i / (32 * kN)][i % (32 * kN)];
+      partial[(blockIdx.x * s.experts + e) * s.width + to] = total;
+    }
+  }
 }
 // One block sums 32 elements of dW over the strips.
 __global__ void router_total_w(const float* partial, float* dw, int64_t strips, int64_t n) {
@@ -187,31 +284,44 @@ __global__ void router_total_w(const float* partial, float* dw, int64_t strips, 
   dw[i] = total;
 }
 
+unsigned blocks_of(int64_t elements, int64_t each) { return static_cast<unsigned>((elements + each - 1) / each); }
+
 template <class T>
 void forward(Cuda, const T* x, const float* w, float* logits, Noise noise, Sizes s) {
-  launch_blocks(router_forward<T>, static_cast<unsigned>((s.rows + kWarps * kRows - 1) / (kWarps * kRows)), kWarps * 32,
-                0, x, w, logits, noise, s);
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto odd = (reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(w)) % 16;
+    if (odd == 0 && s.width % kPack<T> == 0)
+      return launch_blocks(router_forward_mma, dim3(blocks_of(s.rows, kTiles * 16), blocks_of(s.experts, kExperts)),
+                           kWarps * 32, 0, x, w, logits, noise, s);
+  }
+  launch_blocks(router_forward<T>, blocks_of(s.rows, kWarps * kRows), kWarps * 32, 0, x, w, logits, noise, s);
 }
 template <class T>
-void backward_x(Cuda, const float* dlogits, const float* w, T* dx, Sizes s) {
-  const int64_t packs = (s.width + kPack<T> - 1) / kPack<T>;
-  launch_elements(router_backward_x<T>, (s.rows + kRows - 1) / kRows * packs, dlogits, w, dx, s, packs);
+void backward_x(Cuda, const float* dlogits, const float* w, const T* so_far, T* dx, Sizes s) {
+  constexpr int kEach = 4;
+  launch_blocks(router_backward_x<T, kEach>, dim3(blocks_of(s.rows, kEach * kWarps), blocks_of(s.width, 32 * kPack<T>)),
+                kWarps * 32, 0, dlogits, w, so_far, dx, s);
 }
 template <class T>
 void backward_w(Cuda, const float* dlogits, const T* x, float* dw, Sizes s) {
-  constexpr int64_t kMostStrips = 256;
-  const int64_t tiles = (s.rows + kTile - 1) / kTile;
-  const int64_t strip = (tiles + kMostStrips - 1) / kMostStrips * kTile, strips = (s.rows + strip - 1) / strip;
-  const int64_t n = s.experts * s.width;
+  constexpr int kEach = 4, kTile = kEach * kWarps, kMostStrips = 64;
+  const int64_t strip = blocks_of(blocks_of(s.rows, kTile), kMostStrips) * kTile, n = s.experts * s.width;
+  const unsigned strips = blocks_of(s.rows, strip);
   const MemoryScope scope(Category::workspace);
   const Tensor partial = Tensor::empty({strips, n}, DType::f32, Device::cuda);
-  const dim3 blocks(static_cast<unsigned>((s.width + 127) / 128), static_cast<unsigned>(strips),
-                    static_cast<unsigned>((s.experts + kExperts - 1) / kExperts));
-  launch_blocks(router_partial_w<T>, blocks, 128, 0, dlogits, x, partial.data<float>(), s, strip);
-  launch_blocks(router_total_w, static_cast<unsigned>((n + 31) / 32), 256, 0,
-                static_cast<const float*>(partial.data<float>()), dw, strips, n);
+  launch_blocks(router_partial_w<T, kEach>,
+                dim3(strips, blocks_of(s.width, 32 * kPack<T>), blocks_of(s.experts, kExperts)), kWarps * 32, 0,
+                dlogits, x, partial.data<float>(), s, strip);
+  launch_blocks(router_total_w, blocks_of(n, 32), 256, 0, static_cast<const float*>(partial.data<float>()), dw,
+                int64_t{strips}, n);
 }
 #endif
+
+// What has reached the gradient of x so far, if it may be changed: the experts' part, as they run after the router and
+// their gradients before. Adding to it in place saves reading both parts and writing their sum.
+Tensor gradient_so_far(const Node* x) {
+  return x && !x->leaf && x->grad && x->grad.sole_owner() ? x->grad : Tensor{};
+}
 
 }  // namespace
 
@@ -232,19 +342,21 @@ Tensor router_logits(const Tensor& x, const Tensor& weight, double noise, RngKey
     });
   });
   return record("router_logits", logits, {x, weight},
-                [x = x.detached(), w = weight.detached(), sizes, need_x = x.needs_grad(),
+                [x = x.detached(), w = weight.detached(), sizes, x_node = x.node(),
                  need_w = weight.needs_grad()](const Tensor& dlogits) -> Gradients {
-                  Tensor dx, dw;
-                  if (need_x) dx = Tensor::like(x);
+                  const Tensor so_far = gradient_so_far(x_node.get());
+                  Tensor dx = so_far, dw;
+                  if (x_node && !dx) dx = Tensor::like(x);
                   if (need_w) dw = Tensor::like(w);
                   on_device(x.device(), [&](auto device) {
                     dispatch(device, x.dtype(), [&]<class T>() {
                       using A = acc_t<T>;
-                      if (need_x) backward_x(device, dlogits.data<A>(), w.data<A>(), dx.data<T>(), sizes);
+                      if (x_node)
+                        backward_x(device, dlogits.data<A>(), w.data<A>(), so_far.data<T>(), dx.data<T>(), sizes);
                       if (need_w) backward_w(device, dlogits.data<A>(), x.data<T>(), dw.data<A>(), sizes);
                     });
                   });
-                  return {dx, dw};
+                  return {so_far ? Tensor{} : dx, dw};
                 });
 }
 

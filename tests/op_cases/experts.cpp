@@ -121,11 +121,23 @@ void add_expert_cases(std::vector<OpCase>& cases) {
   const auto logits = [](int64_t n, int64_t e) { return constant({n, e}, Type::wide); };
   cases.push_back({.name = "router_logits",
                    .sizes = {{{{1, 1}}, wide({1, 1})}, {{{37, 13}}, wide({3, 13})}, {{{150, 264}}, wide({8, 264})},
-                             {{{66, 40}}, wide({19, 40})}},
+                             {{{66, 40}}, wide({19, 40})}, {{{35, 776}}, wide({8, 776})}},
                    .run = [](auto& x) { return router_logits(x[0], x[1]); },
                    .reference = [](auto& x) { return matmul(cast(x[0], DType::f32), x[1], Transpose::b); },
-                   .reduction = 264,
+                   .reduction = 776,
                    .large = {{{8192, 768}}, wide({8, 768})}});
+  // The gradient is added in place to that of the later use.
+  cases.push_back({.name = "router_logits_and_another_use",
+                   .sizes = {{{{37, 13}}, wide({3, 13})}, {{{150, 264}}, wide({8, 264})}},
+                   .run = [](auto& x) {
+                     const Tensor rows = scale(x[0], 1), logits = router_logits(rows, x[1]), other = scale(rows, 0.5);
+                     return add(sum(mul(logits, logits)), sum(mul(other, other)));
+                   },
+                   .reference = [](auto& x) {
+                     const Tensor logits = matmul(cast(x[0], DType::f32), x[1], Transpose::b);
+                     return add(sum(mul(logits, logits)), scale(sum(mul(x[0], x[0])), 0.25));
+                   },
+                   .reduction = 150 * 264});
   cases.push_back({.name = "router_logits_with_noise",
                    .sizes = {{{{37, 13}}, wide({3, 13})}, {{{150, 264}}, wide({8, 264})}},
                    .run = [](auto& x) { return router_logits(x[0], x[1], 0.5, {7, 11}); },
