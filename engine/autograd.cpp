@@ -105,6 +105,23 @@ void refresh_copy(const Tensor& leaf) {
   if (leaf.node() && leaf.node()->copy) copy_into(leaf.node()->copy, leaf.detached());
 }
 
+void join_copies(const std::vector<Tensor>& leaves) {
+  std::vector<Shape> shapes;
+  int64_t elements = 0;
+  for (const Tensor& leaf : leaves) {
+    check(leaf.node() && leaf.node()->copy, "join_copies needs leaves that keep copies, found {}", leaf.shape().str());
+    shapes.push_back(leaf.shape());
+    elements += leaf.numel();
+  }
+  const Node& first = *leaves[0].node();
+  const MemoryScope scope(Category::parameter, first.layer);
+  const std::vector<Tensor> parts = Tensor::empty({elements}, first.copy.dtype(), first.copy.device()).cut(shapes);
+  for (size_t i = 0; i < leaves.size(); ++i) {
+    leaves[i].node()->copy = parts[i];
+    refresh_copy(leaves[i]);
+  }
+}
+
 Tensor kept_copy(const Tensor& leaf) {
   if (!leaf.node() || !leaf.node()->copy) return {};
   Tensor copy = leaf.node()->copy;

@@ -50,6 +50,7 @@ enum class GradientSums : uint8_t { own, as_given };
 // writes the copy too: optimizers do, with their updates; anyone else calls refresh_copy.
 void keep_copy(const Tensor& leaf, DType dtype, GradientSums sums);
 void refresh_copy(const Tensor& leaf);  // if it keeps one
+void join_copies(const std::vector<Tensor>& leaves);  // lays them one after another, as Tensor::joined wants them
 Tensor kept_copy(const Tensor& leaf);   // with the leaf's node: its gradient is the leaf's; no tensor if it keeps none
 
 // Adds d(loss)/d(leaf) to every leaf's grad(). loss has one element. Each node's closure is dropped as soon as it ran,

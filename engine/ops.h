@@ -35,6 +35,9 @@ enum class Transpose : uint8_t { none, a, b };
 // a [.., M, K] b [K, N] -> [.., M, N] (all of a's leading axes are rows); Transpose::b takes b as [N, K] (a Linear
 // weight), Transpose::a takes a as [K, M] (rank 2). bias [N] is optional.
 Tensor matmul(const Tensor& a, const Tensor& b, Transpose transpose = Transpose::none, const Tensor& bias = {});
+// x times each weight [N_i, K] transposed, plus its bias [N_i] where there is one, side by side: [.., sum N_i], as one
+// product. Weights (and biases) that do not lie one after another in memory are copied so first (Params::join).
+Tensor matmul_joined(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);
 
 // ---- layers
 // x / sqrt(mean(x^2) + eps) * weight along the last axis (Zhang & Sennrich, 2019). weight [D], f32 or x's dtype.

@@ -44,6 +44,35 @@ Tensor Tensor::rows(int64_t from, int64_t to) const {
   return t;
 }
 
+std::vector<Tensor> Tensor::cut(const std::vector<Shape>& shapes) const {
+  std::vector<Tensor> parts;
+  int64_t from = 0;
+  for (const Shape& shape : shapes) {
+    Tensor t = detached();
+    t.storage_ = std::shared_ptr<Storage>(storage_.get(), [whole = storage_](Storage*) {});
+    t.offset_ += from * size_of(dtype_);
+    t.shape_ = shape;
+    from += shape.numel();
+    parts.push_back(std::move(t));
+  }
+  check(from == numel(), "a tensor of shape {} was cut into parts of {} elements", shape_.str(), from);
+  return parts;
+}
+
+Tensor Tensor::joined(const std::vector<Tensor>& parts) {
+  check(!parts.empty(), "joined needs a part");
+  Tensor t = parts[0].detached();
+  int64_t elements = 0;
+  for (const Tensor& p : parts) {
+    if (p.storage_.get() != t.storage_.get() || p.dtype_ != t.dtype_ ||
+        p.offset_ != t.offset_ + elements * size_of(t.dtype_))
+      return {};
+    elements += p.numel();
+  }
+  t.shape_ = {elements};
+  return t;
+}
+
 Tensor Tensor::view(const Shape& shape) const {
   check(shape.numel() == numel(), "a tensor of shape {} was viewed as {}", shape_.str(), shape.str());
   Tensor t = detached();

@@ -65,6 +65,12 @@ class Tensor {
   double item() const;
   // Elements [from, to) of the first axis, sharing data. Not differentiable.
   Tensor rows(int64_t from, int64_t to) const;
+  // The elements as tensors of these shapes one after another, sharing data; each counts as the sole owner of its part,
+  // so this tensor is to be let go. Not differentiable.
+  std::vector<Tensor> cut(const std::vector<Shape>& shapes) const;
+  // Tensors that lie one after another in one block of memory, as one [elements] sharing data; no tensor where they do
+  // not. Not differentiable.
+  static Tensor joined(const std::vector<Tensor>& parts);
   // The same elements under another shape, sharing data, without a node; ops.h has the differentiable reshape.
   Tensor view(const Shape& shape) const;
   // This data without its node.

@@ -1,5 +1,6 @@
 // `lora`, `enhanced`: multi-head latent attention (DeepSeek-V2, 2024; V3). Keys and values of all heads come from one
-// narrow latent per token; the rotary part of the key is one head that all share. Queries may have a low rank too.
+// narrow latent per token; the rotary part of the key is one head that all share. Queries may have a low rank too. What
+// takes the layer's input is one product: alone, each is thin.
 #pragma once
 #include <cmath>
 #include <optional>
@@ -15,9 +16,9 @@ namespace weft {
 struct LatentAttention {
   int64_t heads, latent, rotary, plain, value;  // sizes; `plain` is the part of a query and key without position
   double scale, dropout;
-  std::optional<Linear> q_proj, q_a_proj, q_b_proj;  // either the first, or the others with their norm
+  JoinedLinear down;  // q_a_proj, or q_proj where queries have no low rank, and kv_a_proj_with_mqa
   std::optional<RmsNorm> q_a_layernorm;
-  Linear kv_a_proj_with_mqa;
+  std::optional<Linear> q_b_proj;
   RmsNorm kv_a_layernorm;
   Linear kv_b_proj, o_proj;
   Rope rope;
@@ -25,34 +26,37 @@ struct LatentAttention {
   LatentAttention(const Config& c, Scope s, const Rope& rope)
       : heads(c.heads), latent(c.kv_lora_rank), rotary(c.qk_rope_head_dim), plain(c.qk_nope_head_dim),
         value(c.v_head_dim), scale(score_scale(c)), dropout(c.dropout),
-        kv_a_proj_with_mqa(s / "kv_a_proj_with_mqa", c.hidden_size, latent + rotary, c.init_std, bias(c)),
+        down(s, {c.q_lora_rank == 0
+                     ? Linear(s / "q_proj", c.hidden_size, heads * (plain + rotary), c.init_std)
+                     : Linear(s / "q_a_proj", c.hidden_size, c.q_lora_rank, c.init_std, bias(c)),
+                 Linear(s / "kv_a_proj_with_mqa", c.hidden_size, latent + rotary, c.init_std, bias(c))}),
         kv_a_layernorm(s / "kv_a_layernorm", latent, c.rms_norm_eps),
         kv_b_proj(s / "kv_b_proj", latent, heads * (plain + value), c.init_std),
         o_proj(s / "o_proj", heads * value, c.hidden_size, c.init_std, bias(c)), rope(rope) {
-    if (c.q_lora_rank == 0) {
-      q_proj.emplace(s / "q_proj", c.hidden_size, heads * (plain + rotary), c.init_std);
-    } else {
-      q_a_proj.emplace(s / "q_a_proj", c.hidden_size, c.q_lora_rank, c.init_std, bias(c));
-      q_a_layernorm.emplace(s / "q_a_layernorm", c.q_lora_rank, c.rms_norm_eps);
-      q_b_proj.emplace(s / "q_b_proj", c.q_lora_rank, heads * (plain + rotary), c.init_std);
-    }
+    if (c.q_lora_rank == 0) return;
+    q_a_layernorm.emplace(s / "q_a_layernorm", c.q_lora_rank, c.rms_norm_eps);
+    q_b_proj.emplace(s / "q_b_proj", c.q_lora_rank, heads * (plain + rotary), c.init_std);
   }
 
   Tensor operator()(const Tensor& x, const Mode& mode) const {  // [B, T, D]
     const int64_t b = x.size(0), t = x.size(1);
-    const Tensor queries = q_proj ? (*q_proj)(x) : (*q_b_proj)((*q_a_layernorm)((*q_a_proj)(x)));
-    const Tensor q = rope(reshape(queries, {b, t, heads, plain + rotary}));
+    const int64_t query = plain + rotary, rank = q_b_proj ? q_b_proj->weight.size(1) : 0;
+    const std::vector<Tensor> parts = rope.split(
+        down(x), {q_b_proj ? RopePart{.heads = 1, .width = rank}
+                           : RopePart{.heads = heads, .width = query, .rotated = true},
+                  {.heads = 1, .width = latent}, {.heads = 1, .width = rotary, .rotated = true}});
+    Tensor q = parts[0];
+    if (q_b_proj)
+      q = rope(reshape((*q_b_proj)((*q_a_layernorm)(reshape(q, {b, t, rank}))), {b, t, heads, query}));
 
-    const std::vector<Tensor> compressed = rope.split(
-        kv_a_proj_with_mqa(x), {{.heads = 1, .width = latent}, {.heads = 1, .width = rotary, .rotated = true}});
-    const Tensor shared_key = compressed[1];
-    const Tensor kv = kv_b_proj(kv_a_layernorm(reshape(compressed[0], {b, t, latent})));  // [B, T, H * (plain + value)]
+    const Tensor shared_key = parts[2];
+    const Tensor kv = kv_b_proj(kv_a_layernorm(reshape(parts[1], {b, t, latent})));  // [B, T, H * (plain + value)]
     Tensor k = shared_key, v = reshape(kv, {b, t, heads, plain + value});
     if (plain > 0) {
-      const std::vector<Tensor> parts = split_rope(reshape(kv, {b, t * heads, plain + value}),
+      const std::vector<Tensor> apart = split_rope(reshape(kv, {b, t * heads, plain + value}),
                                                    {{.heads = 1, .width = plain}, {.heads = 1, .width = value}}, {});
-      k = concat_last(reshape(parts[0], {b, t, heads, plain}), shared_key);
-      v = reshape(parts[1], {b, t, heads, value});
+      k = concat_last(reshape(apart[0], {b, t, heads, plain}), shared_key);
+      v = reshape(apart[1], {b, t, heads, value});
     }
 
     AttentionOptions options{.scale = scale};

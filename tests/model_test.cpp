@@ -259,6 +259,41 @@ TEST_CASE("a damaged file of reference values is refused") {
   CHECK_THROWS_AS(read_safetensors("no such file"), Error);
 }
 
+// Copies lie one after another, and gradients are parts of one product: each leaf's is nobody else's all the same.
+void check_joined_layers(Device device) {
+  Params params, apart_params;
+  const auto layers = [](Scope s) {
+    return std::vector<Linear>{Linear(s / "a", 24, 7, 1, Bias::with), Linear(s / "b", 24, 5, 1, Bias::with)};
+  };
+  const JoinedLinear joined(Scope(params, device, 5), layers(Scope(params, device, 5)));
+  const std::vector<Linear> apart = layers(Scope(apart_params, device, 5));
+  params.keep_copies(DType::bf16, GradientSums::as_given);
+  const std::vector<Parameter>& list = params.list();  // weight and bias of each
+  CHECK(Tensor::joined({kept_copy(list[0].value), kept_copy(list[2].value)}));
+  CHECK(Tensor::joined({kept_copy(list[1].value), kept_copy(list[3].value)}));
+  CHECK(!Tensor::joined({list[0].value, list[2].value}));
+
+  const Tensor x = Tensor::empty({2, 11, 24}, DType::bf16, device);
+  fill_normal(x, 1, {1, 2});
+  const auto gradients_times = [&](double times) {
+    for (size_t i = 0; i < list.size(); ++i) {
+      const Tensor expected = scale(apart_params.list()[i].value.grad(), times);
+      CHECK(list[i].value.grad().dtype() == DType::bf16);
+      CHECK_MESSAGE(relative_difference(cast(list[i].value.grad(), DType::f32), expected) < 0.01, list[i].name);
+    }
+  };
+  const Tensor a = apart[0](x), b = apart[1](x);
+  backward(add(sum(mul(a, a)), sum(mul(b, b))));
+  for (const double times : {1, 2}) {
+    const Tensor y = joined(x);
+    CHECK(y.shape() == Shape{2, 11, 12});
+    backward(sum(mul(y, y)));
+    gradients_times(times);
+  }
+}
+
+TEST_CASE("joined layers are the layers, on the CPU") { check_joined_layers(Device::cpu); }
+
 TEST_CASE("latent attention in general is DeepSeek-V3's") {
   const auto fixture = read_safetensors(WEFT_SOURCE_DIR "/tests/reference/deepseek_attention.safetensors");
   Config common = with_attention({}, "lora");
@@ -291,6 +326,8 @@ TEST_CASE("latent attention in general is DeepSeek-V3's") {
 }
 
 TEST_SUITE("cuda") {
+  TEST_CASE("joined layers are the layers, on the GPU") { check_joined_layers(Device::cuda); }
+
   TEST_CASE("each configuration overfits one batch on the GPU") {
     for (const char* name : kConfigurations) CHECK_MESSAGE(overfit(name, Device::cuda) < 0.05, name);
   }

@@ -19,4 +19,27 @@ struct Linear {
   }
 };
 
+// Layers of the same x, whose outputs lie side by side: one product, and one each of its gradients.
+struct JoinedLinear {
+  std::vector<Linear> layers;
+
+  JoinedLinear(Scope s, std::vector<Linear> of) : layers(std::move(of)) {
+    std::vector<Tensor> weights, biases;
+    for (const Linear& l : layers) {
+      weights.push_back(l.weight);
+      if (l.bias) biases.push_back(l.bias);
+    }
+    s.join(std::move(weights));
+    if (!biases.empty()) s.join(std::move(biases));
+  }
+  Tensor operator()(const Tensor& x) const {
+    std::vector<Tensor> weights, biases;
+    for (const Linear& l : layers) {
+      weights.push_back(cast(l.weight, x.dtype()));
+      biases.push_back(l.bias ? cast(l.bias, x.dtype()) : Tensor{});
+    }
+    return matmul_joined(x, weights, biases);
+  }
+};
+
 }  // namespace weft

@@ -70,7 +70,10 @@ class Params {
   // From here on every parameter also lies in memory in this dtype, for the ops that run in it (engine/autograd.h).
   void keep_copies(DType dtype, GradientSums sums) const {
     for (const Parameter& p : list_) keep_copy(p.value, dtype, sums);
+    for (const std::vector<Tensor>& values : joined_) join_copies(values);
   }
+  // Copies of these values are kept one after another: for an op that takes them as one (matmul_joined).
+  void join(std::vector<Tensor> values) { joined_.push_back(std::move(values)); }
   void refresh_copies() const {  // after values were written other than by an optimizer
     for (const Parameter& p : list_) refresh_copy(p.value);
   }
@@ -81,6 +84,7 @@ class Params {
 
  private:
   std::vector<Parameter> list_;
+  std::vector<std::vector<Tensor>> joined_;
   Build build_;
 };
 
@@ -109,6 +113,9 @@ class Scope {
     const Tensor value = p.value;
     params_->add(std::move(p));
     return value;
+  }
+  void join(std::vector<Tensor> values) const {
+    if (!counting()) params_->join(std::move(values));
   }
   const std::string& prefix() const { return prefix_; }
   Device device() const { return device_; }

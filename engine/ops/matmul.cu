@@ -1,5 +1,6 @@
 // y = op(a) op(b) + bias. With y = a b: da = dy b^T, db = a^T dy; a transposed operand's gradient is transposed too;
-// dbias = column sums of dy. The products are BLAS's (engine/cpu/gemm.h, engine/cuda/blas.h).
+// dbias = column sums of dy. matmul_joined's weights are one b, and their gradients one db. The products are BLAS's
+// (engine/cpu/gemm.h, engine/cuda/blas.h).
 #include "engine/cpu/gemm.h"
 #include "engine/cpu/parallel.h"
 #include "engine/ops.h"
@@ -96,6 +97,26 @@ Tensor product(const Tensor& a, const Tensor& b, const Shape& shape, Gemm g) {
   return y;
 }
 
+Tensor column_sums(const Tensor& x, int64_t rows, int64_t columns) {
+  Tensor y = Tensor::like(x, {columns});
+  on_device(x.device(), [&](auto device) {
+    dispatch(device, x.dtype(), [&]<class T>() { column_sums(device, x.data<T>(), rows, columns, y.data<T>()); });
+  });
+  return y;
+}
+
+// The parts one under the other: where they are if they lie so, else a copy.
+Tensor stacked(const std::vector<Tensor>& parts, const Shape& shape) {
+  if (const Tensor t = Tensor::joined(parts)) return t.view(shape);
+  const Tensor t = Tensor::like(parts[0], shape);
+  int64_t from = 0;
+  for (const Tensor& p : parts) {
+    copy_into(t.rows(from, from + p.size(0)), p.detached());
+    from += p.size(0);
+  }
+  return t;
+}
+
 }  // namespace
 
 Tensor matmul(const Tensor& a, const Tensor& b, Transpose transpose, const Tensor& bias) {
@@ -126,14 +147,53 @@ Tensor matmul(const Tensor& a, const Tensor& b, Transpose transpose, const Tenso
     else if (b) d[0] = product(dy, b, a_shape, {.m = m, .n = k, .k = n, .transpose_b = !of_b});
     if (a && of_b) d[1] = product(dy, a, b_shape, {.m = n, .n = k, .k = m, .transpose_a = true});
     else if (a) d[1] = product(a, dy, b_shape, {.m = k, .n = n, .k = m, .transpose_a = !of_a});
-    if (for_bias) {
-      d[2] = Tensor::like(dy, {n});
-      on_device(dy.device(), [&](auto device) {
-        dispatch(device, dy.dtype(), [&]<class T>() { column_sums(device, dy.data<T>(), m, n, d[2].data<T>()); });
-      });
-    }
+    if (for_bias) d[2] = column_sums(dy, m, n);
     return d;
   });
+}
+
+Tensor matmul_joined(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+  check(!weights.empty() && weights.size() == biases.size() && x.rank() >= 1 && x.size(-1) > 0,
+        "matmul_joined of {} with {} weights and {} biases", x.shape().str(), weights.size(), biases.size());
+  const int64_t k = x.size(-1), m = x.shape().rows();
+  std::vector<Tensor> inputs{x}, shifts;
+  std::vector<Shape> weight_shapes, bias_shapes;
+  int64_t n = 0;
+  bool shifted = false;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor &w = weights[i], &b = biases[i];
+    check(w.rank() == 2 && w.size(1) == k && w.dtype() == x.dtype() && w.device() == x.device(),
+          "matmul_joined of {} {} and a weight {} {}", name_of(x.dtype()), x.shape().str(), name_of(w.dtype()),
+          w.shape().str());
+    check(!b || (b.shape() == Shape{w.size(0)} && b.dtype() == x.dtype() && b.device() == x.device()),
+          "matmul_joined's bias must be {} [{}], found {} {}", name_of(x.dtype()), w.size(0), name_of(b.dtype()),
+          b.shape().str());
+    shifted |= static_cast<bool>(b);
+    n += w.size(0);
+    weight_shapes.push_back(w.shape());
+    bias_shapes.push_back({w.size(0)});
+  }
+  for (size_t i = 0; shifted && i < biases.size(); ++i)
+    shifts.push_back(biases[i] ? biases[i] : Tensor::zeros(bias_shapes[i], x.dtype(), x.device()));
+  inputs.insert(inputs.end(), weights.begin(), weights.end());
+  inputs.insert(inputs.end(), biases.begin(), biases.end());
+  const Tensor weight = stacked(weights, {n, k}), bias = shifted ? stacked(shifts, {n}) : Tensor{};
+  Shape shape = x.shape();
+  shape.set(-1, n);
+  const bool for_x = x.needs_grad(), for_weights = records(weights), for_biases = records(biases);
+  const Tensor y = product(x, weight, shape, {.m = m, .n = n, .k = k, .transpose_b = true, .bias = bias.raw()});
+  return record("matmul_joined", y, inputs,
+                [=, x_shape = x.shape(), x = for_weights ? x.detached() : Tensor{},
+                 weight = for_x ? weight : Tensor{}](const Tensor& dy) -> Gradients {
+                  Gradients d(1);
+                  if (weight) d[0] = product(dy, weight, x_shape, {.m = m, .n = k, .k = n});
+                  // Each part owns its rows alone, so that a leaf may keep it without a copy.
+                  const auto append = [&](std::vector<Tensor> parts) { d.insert(d.end(), parts.begin(), parts.end()); };
+                  append(x ? product(dy, x, {n, k}, {.m = n, .n = k, .k = m, .transpose_a = true}).cut(weight_shapes)
+                           : Gradients(weight_shapes.size()));
+                  append(for_biases ? column_sums(dy, m, n).cut(bias_shapes) : Gradients(bias_shapes.size()));
+                  return d;
+                });
 }
 
 }  // namespace weft

@@ -38,6 +38,35 @@ void add_matmul_case(std::vector<OpCase>& cases, const char* name, Transpose t, 
                    .reduction = 300, .large = std::move(large), .flops = 2.0 * 8192 * 768 * 2304});
 }
 
+// x, two or three weights, and as many biases less the first: [w1, w2, b2] or [w1, w2, w3, b2, b3].
+struct Joined {
+  std::vector<Tensor> weights, biases;
+  explicit Joined(const std::vector<Tensor>& x, bool biased) {
+    const size_t n = biased ? x.size() / 2 : x.size() - 1;
+    weights.assign(x.begin() + 1, x.begin() + 1 + static_cast<int64_t>(n));
+    biases.resize(n);
+    if (biased) std::copy(x.begin() + 1 + static_cast<int64_t>(n), x.end(), biases.begin() + 1);
+  }
+};
+void add_joined_case(std::vector<OpCase>& cases, const char* name, bool biased, std::vector<Inputs> sizes,
+                     Inputs large) {
+  cases.push_back({.name = name, .sizes = std::move(sizes),
+                   .run = [=](auto& x) {
+                     const Joined j(x, biased);
+                     return matmul_joined(x[0], j.weights, j.biases);
+                   },
+                   .reference = [=](auto& x) {
+                     const Joined j(x, biased);
+                     Tensor y;
+                     for (size_t i = 0; i < j.weights.size(); ++i) {
+                       const Tensor part = matmul(x[0], j.weights[i], Transpose::b, j.biases[i]);
+                       y = y ? concat_last(y, part) : part;
+                     }
+                     return y;
+                   },
+                   .reduction = 300, .large = std::move(large), .flops = 2.0 * 8192 * 768 * 448});
+}
+
 }  // namespace
 
 void add_elementwise_cases(std::vector<OpCase>& cases) {
@@ -117,6 +146,15 @@ void add_elementwise_cases(std::vector<OpCase>& cases) {
                   {{{8192, 768}}, {{2304, 768}}});
   add_matmul_case(cases, "matmul_transposed", Transpose::a, {{{{5, 3}}, {{5, 7}}}, {{{264, 40}}, {{264, 72}}, {{72}}}},
                   {{{768, 8192}}, {{768, 2304}}});
+  add_joined_case(cases, "matmul_joined", false,
+                  {{{{3, 5}}, {{7, 5}}, {{2, 5}}},
+                   {{{2, 70, 40}}, {{72, 40}}, {{1, 40}}, {{16, 40}}},
+                   {{{9, 8}}, {{8, 8}}}},
+                  {{{8192, 768}}, {{128, 768}}, {{320, 768}}});
+  add_joined_case(cases, "matmul_joined_with_bias", true,
+                  {{{{3, 5}}, {{7, 5}}, {{2, 5}}, {{2}}},
+                   {{{2, 70, 40}}, {{72, 40}}, {{1, 40}}, {{16, 40}}, {{1}}, {{16}}}},
+                  {{{8192, 768}}, {{128, 768}}, {{384, 768}}, {{384}}});
 }
 
 }  // namespace weft

@@ -27,6 +27,8 @@ constexpr Row kRows[] = {
     {"dropout", Of::both, "", "norms, residual"},
     {"matmul", Of::forward, "", "projections, forward"},
     {"matmul", Of::gradient, "", "projections, backward"},
+    {"matmul_joined", Of::forward, "", "projections, forward"},
+    {"matmul_joined", Of::gradient, "", "projections, backward"},
     {"split_rope", Of::both, "", "rotary, splits"},
     {"concat_last", Of::both, "", "rotary, splits"},
     {"rope", Of::both, "", "rotary, splits"},
