@@ -304,7 +304,7 @@ void backward_x(Cuda, const float* dlogits, const float* w, const T* so_far, T* 
 }
 template <class T>
 void backward_w(Cuda, const float* dlogits, const T* x, float* dw, Sizes s) {
-  constexpr int kEach = 4, kTile = kEach * kWarps, kMostStrips = 64;
+  constexpr int kEach = 4, kTile = kEach * kWarps, kMostStrips = 88;
   const int64_t strip = blocks_of(blocks_of(s.rows, kTile), kMostStrips) * kTile, n = s.experts * s.width;
   const unsigned strips = blocks_of(s.rows, strip);
   const MemoryScope scope(Category::workspace);
