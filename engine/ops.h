@@ -25,6 +25,8 @@ Tensor dropout(const Tensor& x, double p, RngKey key);
 Tensor reshape(const Tensor& x, const Shape& shape);                    // shares data
 // [a, b] along the last axis: a [.., H, Da], b [.., H or 1, Db] -> [.., H, Da+Db]; a single head of b serves all of a's.
 Tensor concat_last(const Tensor& a, const Tensor& b);
+// The columns of x [.., W] cut into parts [.., widths[i]]; they share one gradient of x.
+std::vector<Tensor> split_last(const Tensor& x, const std::vector<int64_t>& widths);
 
 // ---- reductions to one f32 (f64 for f64) element of shape []
 Tensor sum(const Tensor& x);
@@ -53,25 +55,20 @@ NormedSum add_rms_norm(const Tensor& residual, const Tensor& x, const Tensor& we
 // order, so it is deterministic; it has the table's dtype, or is added to what a leaf has already. An id outside the
 // table reads as zeros and is reported by the loader's check, not here.
 Tensor embedding(const Tensor& ids, const Tensor& table, double scale, DType dtype);
-// Rotates interleaved pairs (2i, 2i+1) of the last R columns of x [B, T, H, D] by the angles of table (Su et al.,
-// 2021); leaves the first D-R columns. table f32 [>=T, R]: cos in even, sin in odd columns (engine/nn/rope.h makes it).
-Tensor rope(const Tensor& x, const Tensor& table);
-// The columns of x [B, T, W] cut into parts [B, T, heads, width], rotated or as they are, in one pass each way: all
-// parts share one gradient of x. At most 4 parts; the table may be no tensor when none is rotated.
-struct RopePart {
-  int64_t heads, width;
-  bool rotated = false;
-};
-std::vector<Tensor> split_rope(const Tensor& x, const std::vector<RopePart>& parts, const Tensor& table);
 Tensor softmax(const Tensor& x);  // along the last axis
 struct AttentionOptions {
   double scale;       // multiplies q.k
   double dropout = 0; // of the probabilities
   RngKey key{};       // of a Mask with element ((b*H + h)*T + t)*64*ceil(T/64) + s
+  // f32 [>=T, R], cos in even, sin in odd columns (engine/nn/rope.h makes it): its angles rotate interleaved pairs
+  // (2i, 2i+1) of the last R columns of each head of q and k (Su et al., 2021). No tensor: nothing is rotated.
+  Tensor angles = {};
 };
 // Causal attention: softmax(scale * q k^T, s <= t) v. q [B,T,H,Dk], k [B,T,H or 1,Dk] (one shared key head),
-// v [B,T,H,Dv] -> [B,T,H,Dv]. On the GPU no [T, T] matrix reaches device memory but the mask, a bit an element.
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
+// v [B,T,H,Dv] -> [B,T,H,Dv]. On the GPU no [T, T] matrix reaches device memory but the mask, a bit an element. q and k
+// are rotated in place where no one else holds them, as are those that are moved here.
+Tensor attention(Tensor q, Tensor k, Tensor v, const AttentionOptions& options);
+Tensor attention(Tensor qkv, const AttentionOptions& options);  // all three side by side: [B,T,3*H,D]
 
 // ---- mixture of experts: which tokens go to which expert stays on the device
 struct Routing {

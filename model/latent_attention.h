@@ -4,6 +4,7 @@
 #pragma once
 #include <cmath>
 #include <optional>
+#include <utility>
 
 #include "engine/nn/linear.h"
 #include "engine/nn/mode.h"
@@ -40,28 +41,22 @@ struct LatentAttention {
 
   Tensor operator()(const Tensor& x, const Mode& mode) const {  // [B, T, D]
     const int64_t b = x.size(0), t = x.size(1);
-    const int64_t query = plain + rotary, rank = q_b_proj ? q_b_proj->weight.size(1) : 0;
-    const std::vector<Tensor> parts = rope.split(
-        down(x), {q_b_proj ? RopePart{.heads = 1, .width = rank}
-                           : RopePart{.heads = heads, .width = query, .rotated = true},
-                  {.heads = 1, .width = latent}, {.heads = 1, .width = rotary, .rotated = true}});
-    Tensor q = parts[0];
-    if (q_b_proj)
-      q = rope(reshape((*q_b_proj)((*q_a_layernorm)(reshape(q, {b, t, rank}))), {b, t, heads, query}));
+    const int64_t query = heads * (plain + rotary), rank = q_b_proj ? q_b_proj->weight.size(1) : query;
+    std::vector<Tensor> parts = split_last(down(x), {rank, latent, rotary});
+    if (q_b_proj) parts[0] = (*q_b_proj)((*q_a_layernorm)(parts[0]));
+    Tensor q = reshape(std::exchange(parts[0], {}), {b, t, heads, plain + rotary});
 
-    const Tensor shared_key = parts[2];
-    const Tensor kv = kv_b_proj(kv_a_layernorm(reshape(parts[1], {b, t, latent})));  // [B, T, H * (plain + value)]
-    Tensor k = shared_key, v = reshape(kv, {b, t, heads, plain + value});
+    Tensor k = reshape(std::exchange(parts[2], {}), {b, t, 1, rotary});  // all heads share it
+    Tensor v = reshape(kv_b_proj(kv_a_layernorm(parts[1])), {b, t, heads, plain + value});
     if (plain > 0) {
-      const std::vector<Tensor> apart = split_rope(reshape(kv, {b, t * heads, plain + value}),
-                                                   {{.heads = 1, .width = plain}, {.heads = 1, .width = value}}, {});
-      k = concat_last(reshape(apart[0], {b, t, heads, plain}), shared_key);
-      v = reshape(apart[1], {b, t, heads, value});
+      const std::vector<Tensor> apart = split_last(v, {plain, value});
+      k = concat_last(apart[0], k);
+      v = apart[1];
     }
 
-    AttentionOptions options{.scale = scale};
+    AttentionOptions options{.scale = scale, .angles = rope.angles(t)};
     if (mode.training && dropout > 0) options.dropout = dropout, options.key = mode.key();
-    return o_proj(reshape(attention(q, k, v, options), {b, t, heads * value}));
+    return o_proj(reshape(attention(std::move(q), std::move(k), v, options), {b, t, heads * value}));
   }
 
  private:

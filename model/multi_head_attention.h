@@ -1,6 +1,7 @@
 // `baseline`: causal multi-head attention with one fused projection and rotary queries and keys.
 #pragma once
 #include <cmath>
+#include <utility>
 
 #include "engine/nn/linear.h"
 #include "engine/nn/mode.h"
@@ -21,13 +22,10 @@ struct MultiHeadAttention {
 
   Tensor operator()(const Tensor& x, const Mode& mode) const {  // [B, T, D]
     const int64_t b = x.size(0), t = x.size(1), head = width / heads;
-    const std::vector<Tensor> parts = rope.split(qkv(x), {{.heads = heads, .width = head, .rotated = true},
-                                                          {.heads = heads, .width = head, .rotated = true},
-                                                          {.heads = heads, .width = head}});
-    AttentionOptions options{.scale = 1 / std::sqrt(static_cast<double>(head))};
+    AttentionOptions options{.scale = 1 / std::sqrt(static_cast<double>(head)), .angles = rope.angles(t)};
     if (mode.training && dropout > 0) options.dropout = dropout, options.key = mode.key();
-    const Tensor y = attention(parts[0], parts[1], parts[2], options);  // [B, T, H, D/H]
-    return w_o(reshape(y, {b, t, width}));
+    Tensor projected = reshape(qkv(x), {b, t, 3 * heads, head});
+    return w_o(reshape(attention(std::move(projected), options), {b, t, width}));
   }
 };
 

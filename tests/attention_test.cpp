@@ -15,8 +15,11 @@ namespace {
 
 struct Sizes {
   int64_t batch, time, heads, key_heads, key_width, value_width;
+  int64_t rotated = 0;
+  bool side_by_side = false;
   std::string str() const {
-    return fmt::format("B={} T={} H={} Hk={} Dk={} Dv={}", batch, time, heads, key_heads, key_width, value_width);
+    return fmt::format("B={} T={} H={} Hk={} Dk={} Dv={} R={} {}", batch, time, heads, key_heads, key_width, value_width,
+                       rotated, side_by_side ? "side by side" : "apart");
   }
 };
 
@@ -99,8 +102,41 @@ std::vector<double> values_of(const Tensor& t) {
   });
 }
 
+// [a, b, c] of each token, as one vector; and its parts.
+std::vector<double> side_by_side(const std::vector<double>& a, const std::vector<double>& b,
+                                 const std::vector<double>& c, int64_t width) {
+  std::vector<double> all;
+  for (auto at = a.begin(), bt = b.begin(), ct = c.begin(); at != a.end(); at += width, bt += width, ct += width)
+    for (const auto& from : {at, bt, ct}) all.insert(all.end(), from, from + width);
+  return all;
+}
+std::vector<double> part_of(const std::vector<double>& all, int64_t part, int64_t width) {
+  std::vector<double> values;
+  for (auto at = all.begin() + part * width; at < all.end(); at += 3 * width) values.insert(values.end(), at, at + width);
+  return values;
+}
+
 // The op's result; the gradient closure is called directly, so that only attention is under test.
-Result attend(const Sizes& z, const Values& x, const AttentionOptions& o, DType dtype, Device device) {
+Result attend(const Sizes& z, const Values& x, AttentionOptions o, DType dtype, Device device) {
+  if (z.rotated > 0) {
+    std::vector<float> angles;
+    for (int64_t i = 0; i < z.time * z.rotated; ++i) {
+      const double angle = static_cast<double>(i / z.rotated) / (1.0 + static_cast<double>(i % z.rotated / 2));
+      angles.push_back(static_cast<float>(i % 2 == 0 ? std::cos(angle) : std::sin(angle)));
+    }
+    o.angles = Tensor::from(angles, {z.time, z.rotated}, device);
+  }
+  if (z.side_by_side) {
+    const int64_t width = z.heads * z.key_width;
+    const Tensor all = leaf(tensor_of(side_by_side(x.q, x.k, x.v, width), {z.batch, z.time, 3 * z.heads, z.key_width},
+                                      dtype, device));
+    const Tensor y = attention(all, o);
+    const Gradients g = y.node()->gradient(tensor_of(x.dy, y.shape(), dtype, device));
+    REQUIRE(g.size() == 1);
+    CHECK(g[0].shape() == all.shape());
+    const std::vector<double> d = values_of(g[0]);
+    return {values_of(y), part_of(d, 0, width), part_of(d, 1, width), part_of(d, 2, width)};
+  }
   const Tensor q = leaf(tensor_of(x.q, {z.batch, z.time, z.heads, z.key_width}, dtype, device));
   const Tensor k = leaf(tensor_of(x.k, {z.batch, z.time, z.key_heads, z.key_width}, dtype, device));
   const Tensor v = leaf(tensor_of(x.v, {z.batch, z.time, z.heads, z.value_width}, dtype, device));
@@ -264,6 +300,22 @@ TEST_SUITE("cuda") {
                             tolerance_of(dtype));
             }
           }
+  }
+  TEST_CASE("attention on the GPU rotates as the CPU does") {
+    for (const int64_t time : {1, 37, 130})
+      for (const Sizes& z : {Sizes{2, time, 3, 3, 64, 64, 64, true}, Sizes{2, time, 3, 3, 64, 64, 64},
+                             Sizes{2, time, 5, 1, 64, 64, 64}, Sizes{1, time, 2, 1, 128, 192, 128},
+                             Sizes{1, time, 2, 1, 128, 192, 48}, Sizes{1, time, 2, 2, 72, 72, 24, true},
+                             Sizes{1, time, 2, 2, 24, 16, 6}, Sizes{1, time, 3, 3, 10, 10, 4, true},
+                             Sizes{1, time, 2, 1, 256, 256, 64}})
+        for (const DType dtype : {DType::f32, DType::bf16}) {
+          CAPTURE(z.str());
+          CAPTURE(std::string(name_of(dtype)));
+          const Values x = rounded(Values(z), dtype);
+          const AttentionOptions o = options_for(z, 0.1);
+          check_results(attend(z, x, o, dtype, Device::cuda), attend(z, x, o, DType::f32, Device::cpu),
+                        tolerance_of(dtype));
+        }
   }
   TEST_CASE("attention on the GPU gives the same bits twice") {
     const Sizes z{2, 130, 4, 1, 64, 64};

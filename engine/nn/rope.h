@@ -76,21 +76,16 @@ class Rope {
     tables_->emplace(length, make(length, device));
   }
 
-  Tensor operator()(const Tensor& x) const { return rope(x, table_for(x)); }  // [B, T, H, D]: the last R columns
-  // [B, T, W] in parts.
-  std::vector<Tensor> split(const Tensor& x, const std::vector<RopePart>& parts) const {
-    return split_rope(x, parts, table_for(x));
-  }
-
- private:
-  const Tensor& table_for(const Tensor& x) const {
-    const int64_t length = x.size(1);
+  // Of a text of this length: what attention takes.
+  const Tensor& angles(int64_t length) const {
     check(length <= length_, "a text of {} positions, where the rotary table has {}", length, length_);
     if (options_.scaling != RopeScaling::dynamic) return tables_->at(length_);
     auto table = tables_->find(length);
-    if (table == tables_->end()) table = tables_->emplace(length, make(length, x.device())).first;
+    if (table == tables_->end()) table = tables_->emplace(length, make(length, tables_->at(length_).device())).first;
     return table->second;
   }
+
+ private:
   Tensor make(int64_t length, Device device) const {  // [T, R]: cos in even, sin in odd columns
     check(options_.dim >= 2 && options_.dim % 2 == 0, "rotary size must be even, found {}", options_.dim);
     const std::vector<double> frequencies = rope_frequencies(options_, length);

@@ -1,8 +1,9 @@
-// Causal attention. With p[t, s] = softmax over s <= t of scale q_t.k_s, and m the dropout mask over 1-p_drop:
+// Causal attention. With q and k as rope.cu has rotated them, p[t, s] = softmax over s <= t of scale q_t.k_s, and m the
+// dropout mask over 1-p_drop:
 //   y_t = sum_s m[t, s] p[t, s] v_s
 //   dp[t, s] = m[t, s] dy_t.v_s,  delta_t = sum_s p[t, s] dp[t, s] = dy_t.y_t,  ds = scale p (dp - delta)
 //   dv_s = sum_t m p dy_t,  dk_s = sum_t ds[t, s] q_t,  dq_t = sum_s ds[t, s] k_s
-// Saved: q, k, v, y, each row's log sum exp, from which p is computed again, and m as one bit an element.
+// Saved: q and k, rotated, v, y, each row's log sum exp, from which p is computed again, and m as one bit an element.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -20,11 +21,6 @@
 
 namespace weft {
 namespace {
-
-// The tensors of the gradient, on either device; lse, delta and dk_heads are in the accumulation type.
-struct GradientTensors {
-  Tensor q, k, v, y, lse, dy, dq, dk, dv, delta, dk_heads;
-};
 
 // ---- CPU: one (sequence, head) at a time, as dense rows of the accumulation type. Loops run along keys or columns,
 // four queries at a time, so that the compiler can use vector instructions.
@@ -144,35 +140,19 @@ WEFT_WIDEST void score_gradients(A* p, A* ds, const A* factors, A scale, A lse, 
   }
 }
 
-// Offsets and row strides of one head of one sequence.
-struct Head {
-  int64_t q, k, v, q_stride, k_stride, v_stride, rows;
-  Head(const AttentionSize& a, int64_t i) {
-    const int64_t b = i / a.heads, h = i % a.heads, time = a.time;
-    q_stride = int64_t{a.heads} * a.key_width;
-    k_stride = int64_t{a.key_heads} * a.key_width;
-    v_stride = int64_t{a.heads} * a.value_width;
-    q = b * time * q_stride + h * a.key_width;
-    k = b * time * k_stride + (a.key_heads == 1 ? 0 : h) * a.key_width;
-    v = b * time * v_stride + h * a.value_width;
-    rows = i * time;
-  }
-};
-
 template <class T>
-void forward(Cpu, const AttentionSize& a, Mask mask, uint32_t* kept, const T* q, const T* k, const T* v, T* y,
-             acc_t<T>* lse) {
+void forward(Cpu, const AttentionSize& a, Mask mask, uint32_t* kept, const AttentionForward<T>& x) {
   using A = acc_t<T>;
   mask.key = mask.key.at_step();
   const int64_t time = a.time, dk = a.key_width, dv = a.value_width;
-  parallel_for(int64_t{a.batch} * a.heads, 1, [=, &a](int64_t from, int64_t to) {
+  parallel_for(int64_t{a.batch} * a.heads, 1, [=, &a, &x](int64_t from, int64_t to) {
     Rows<A> p(static_cast<size_t>(kQueries * time)), factors(static_cast<size_t>(time));
     std::vector<uint16_t> halves;
     for (int64_t i = from; i < to; ++i) {
-      const Head at(a, i);
-      const Rows<A> queries = read_rows<A>(q + at.q, at.q_stride, time, dk);
-      const Rows<A> keys = read_columns<A>(k + at.k, at.k_stride, time, dk);
-      const Rows<A> values = read_rows<A>(v + at.v, at.v_stride, time, dv);
+      const Place at(a, i);
+      const Rows<A> queries = read_rows<A>(x.q + at.q, at.q_stride, time, dk);
+      const Rows<A> keys = read_columns<A>(x.k + at.k, at.k_stride, time, dk);
+      const Rows<A> values = read_rows<A>(x.v + at.v, at.v_stride, time, dv);
       Rows<A> out(static_cast<size_t>(time * dv));
       for (int64_t t0 = 0; t0 < time; t0 += kQueries) {
         const int64_t count = std::min<int64_t>(kQueries, time - t0), last = t0 + count;
@@ -185,7 +165,7 @@ void forward(Cpu, const AttentionSize& a, Mask mask, uint32_t* kept, const T* q,
           const A total = exponentials(row, top, t + 1);
           for (int64_t s = 0; s <= t; ++s) row[s] /= total;
           std::fill(row + t + 1, row + last, A(0));
-          lse[at.rows + t] = top + std::log(total);
+          x.lse[at.rows + t] = top + std::log(total);
           if (kept) {
             draw_row(kept, halves, a, mask, at.rows + t);
             read_factors(factors.data(), a, at.rows + t, t + 1);
@@ -194,29 +174,25 @@ void forward(Cpu, const AttentionSize& a, Mask mask, uint32_t* kept, const T* q,
         }
         add_weighted(out.data() + t0 * dv, p.data(), values.data(), count, last, time, dv);
       }
-      write_rows(out, y + at.v, at.v_stride, time, dv);
+      write_rows(out, x.out + at.y, at.y_stride, time, dv);
     }
   });
 }
 
 template <class T>
-void backward(Cpu, const AttentionSize& a, const GradientTensors& g) {
+void backward(Cpu, const AttentionSize& a, const AttentionBackward<T>& x) {
   using A = acc_t<T>;
   const int64_t time = a.time, dk = a.key_width, dv = a.value_width;
-  const T *q = g.q.data<T>(), *k = g.k.data<T>(), *v = g.v.data<T>(), *y = g.y.data<T>(), *dy = g.dy.data<T>();
-  T *dq_out = g.dq.data<T>(), *dk_out = g.dk.data<T>(), *dv_out = g.dv.data<T>();
-  const A* lse = g.lse.data<A>();
-  A* dk_heads = g.dk_heads.data<A>();
-  parallel_for(int64_t{a.batch} * a.heads, 1, [=, &a](int64_t from, int64_t to) {
+  parallel_for(int64_t{a.batch} * a.heads, 1, [=, &a, &x](int64_t from, int64_t to) {
     Rows<A> p(static_cast<size_t>(kQueries * time)), ds = p, factors(static_cast<size_t>(time), A(1));
     for (int64_t i = from; i < to; ++i) {
-      const Head at(a, i);
-      const Rows<A> queries = read_rows<A>(q + at.q, at.q_stride, time, dk);
-      const Rows<A> keys = read_rows<A>(k + at.k, at.k_stride, time, dk);
-      const Rows<A> key_columns = read_columns<A>(k + at.k, at.k_stride, time, dk);
-      const Rows<A> value_columns = read_columns<A>(v + at.v, at.v_stride, time, dv);
-      const Rows<A> outputs = read_rows<A>(y + at.v, at.v_stride, time, dv);
-      const Rows<A> dys = read_rows<A>(dy + at.v, at.v_stride, time, dv);
+      const Place at(a, i);
+      const Rows<A> queries = read_rows<A>(x.q + at.q, at.q_stride, time, dk);
+      const Rows<A> keys = read_rows<A>(x.k + at.k, at.k_stride, time, dk);
+      const Rows<A> key_columns = read_columns<A>(x.k + at.k, at.k_stride, time, dk);
+      const Rows<A> value_columns = read_columns<A>(x.v + at.v, at.v_stride, time, dv);
+      const Rows<A> outputs = read_rows<A>(x.y + at.y, at.y_stride, time, dv);
+      const Rows<A> dys = read_rows<A>(x.dy + at.y, at.y_stride, time, dv);
       Rows<A> dqs(static_cast<size_t>(time * dk)), dks(static_cast<size_t>(time * dk));
       Rows<A> dvs(static_cast<size_t>(time * dv));
       for (int64_t t0 = 0; t0 < time; t0 += kQueries) {
@@ -228,7 +204,7 @@ void backward(Cpu, const AttentionSize& a, const GradientTensors& g) {
           A *p_row = p.data() + r * time, *ds_row = ds.data() + r * time, delta = 0;
           for (int64_t d = 0; d < dv; ++d) delta += dys[t * dv + d] * outputs[t * dv + d];
           if (a.kept) read_factors(factors.data(), a, at.rows + t, t + 1);
-          score_gradients(p_row, ds_row, factors.data(), A(a.scale), lse[at.rows + t], delta, t + 1);
+          score_gradients(p_row, ds_row, factors.data(), A(a.scale), x.lse[at.rows + t], delta, t + 1);
           std::fill(p_row + t + 1, p_row + last, A(0));
           std::fill(ds_row + t + 1, ds_row + last, A(0));
         }
@@ -236,12 +212,12 @@ void backward(Cpu, const AttentionSize& a, const GradientTensors& g) {
         add_spread(dks.data(), ds.data(), queries.data() + t0 * dk, count, last, time, dk);
         add_spread(dvs.data(), p.data(), dys.data() + t0 * dv, count, last, time, dv);
       }
-      write_rows(dqs, dq_out + at.q, at.q_stride, time, dk);
-      write_rows(dvs, dv_out + at.v, at.v_stride, time, dv);
-      if (dk_heads)
-        write_rows(dks, dk_heads + at.q, at.q_stride, time, dk);
+      write_rows(dqs, x.dq + at.q, at.q_stride, time, dk);
+      write_rows(dvs, x.dv + at.v, at.v_stride, time, dv);
+      if (x.dk_heads)
+        write_rows(dks, x.dk_heads + at.dk, at.dk_stride, time, dk);
       else
-        write_rows(dks, dk_out + at.k, at.k_stride, time, dk);
+        write_rows(dks, x.dk + at.k, at.k_stride, time, dk);
     }
   });
 }
@@ -267,9 +243,7 @@ __global__ void attention_draw(AttentionSize a, Mask mask, uint32_t* kept, int64
   if (i < words && i % a.kept_words * 32 <= i / a.kept_words % a.time) kept[i] = kept_word(mask, i);
 }
 template <class T>
-void forward(Cuda, const AttentionSize& a, const Mask& mask, uint32_t* kept, const T* q, const T* k, const T* v, T* y,
-             float* lse) {
-  const AttentionForward<T> tensors{q, k, v, y, lse};
+void forward(Cuda, const AttentionSize& a, const Mask& mask, uint32_t* kept, const AttentionForward<T>& tensors) {
   if constexpr (std::is_same_v<T, bf16>)
     if (attention_forward_warpgroup(a, mask, kept, tensors)) return;
   if (kept) {
@@ -298,10 +272,7 @@ __global__ void attention_sum_heads(const float* dk_heads, T* dk, int64_t n, int
 }
 
 template <class T>
-void backward(Cuda, const AttentionSize& a, const GradientTensors& g) {
-  const AttentionBackward<T> tensors{g.q.data<T>(),  g.k.data<T>(),       g.v.data<T>(),         g.y.data<T>(),
-                                     g.dy.data<T>(), g.lse.data<float>(), g.delta.data<float>(), g.dq.data<T>(),
-                                     g.dk.data<T>(), g.dv.data<T>(),      g.dk_heads.data<float>()};
+void backward(Cuda, const AttentionSize& a, const AttentionBackward<T>& tensors) {
   if constexpr (std::is_same_v<T, bf16>)
     if (attention_backward_warpgroup(a, tensors)) return;
   const int64_t rows = int64_t{a.batch} * a.time * a.heads;
@@ -317,7 +288,11 @@ void sum_heads(Cuda, const float* dk_heads, T* dk, int64_t n, int heads, int wid
 }
 #endif
 
-AttentionSize size_of_attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& o) {
+struct Sizes {  // of q, k and v
+  int64_t heads, key_heads, key_width, value_width, q_stride, k_stride, v_stride;
+};
+
+Sizes sizes_of(const Tensor& q, const Tensor& k, const Tensor& v) {
   check(q.rank() == 4 && k.rank() == 4 && v.rank() == 4, "attention takes q, k and v of rank 4, found {}, {} and {}",
         q.shape().str(), k.shape().str(), v.shape().str());
   check(k.size(0) == q.size(0) && k.size(1) == q.size(1) && (k.size(2) == q.size(2) || k.size(2) == 1) &&
@@ -329,58 +304,111 @@ AttentionSize size_of_attention(const Tensor& q, const Tensor& k, const Tensor& 
         name_of(q.dtype()), name_of(k.dtype()), name_of(v.dtype()));
   check(q.device() == k.device() && q.device() == v.device(), "q, k and v need one device, found {}, {} and {}",
         name_of(q.device()), name_of(k.device()), name_of(v.device()));
+  return {q.size(2), k.size(2), q.size(3), v.size(3), q.size(2) * q.size(3), k.size(2) * k.size(3),
+          v.size(2) * v.size(3)};
+}
+
+AttentionSize size_of_attention(const Tensor& x, const Sizes& z, const AttentionOptions& o) {
   check(o.dropout >= 0 && o.dropout < 1, "dropout must be in [0, 1), found {}", o.dropout);
-  check(q.size(0) * q.size(1) * q.size(2) <= INT32_MAX, "too many rows for attention: {}", q.shape().str());
+  check(x.size(0) * x.size(1) * z.heads <= INT32_MAX, "too many rows for attention: {}", x.shape().str());
+  const Tensor& angles = o.angles;
+  check(!angles || (angles.rank() == 2 && angles.dtype() == DType::f32 && angles.device() == x.device() &&
+                    angles.size(0) >= x.size(1) && angles.size(1) % 2 == 0 && angles.size(1) <= z.key_width),
+        "attention of {} on {} needs angles f32 [>=T, R even, at most {}] there, found {} {} on {}", x.shape().str(),
+        name_of(x.device()), z.key_width, name_of(angles.dtype()), angles.shape().str(), name_of(angles.device()));
   AttentionSize a;
-  a.batch = static_cast<int>(q.size(0));
-  a.time = static_cast<int>(q.size(1));
-  a.heads = static_cast<int>(q.size(2));
-  a.key_heads = static_cast<int>(k.size(2));
-  a.key_width = static_cast<int>(q.size(3));
-  a.value_width = static_cast<int>(v.size(3));
+  a.batch = static_cast<int>(x.size(0));
+  a.time = static_cast<int>(x.size(1));
+  a.heads = static_cast<int>(z.heads);
+  a.key_heads = static_cast<int>(z.key_heads);
+  a.key_width = static_cast<int>(z.key_width);
+  a.value_width = static_cast<int>(z.value_width);
   a.scale = o.scale;
   a.keep_scale = o.dropout > 0 ? Mask(o.key, o.dropout).scale() : 1;
   a.kept = nullptr;
-  a.kept_words = (q.size(1) + 63) / 64 * 2;
+  a.kept_words = (x.size(1) + 63) / 64 * 2;
+  a.q_stride = z.q_stride, a.k_stride = z.k_stride, a.v_stride = z.v_stride;
+  a.angles = angles.data<float>();
+  a.rotated = angles ? static_cast<int>(angles.size(1)) : 0;
   return a;
+}
+
+// Where q, k and v or their gradients lie: three tensors, or one that has them side by side.
+template <class T>
+struct Operands {
+  T *q, *k, *v;
+  Operands(const std::vector<Tensor>& xs, const AttentionSize& a)
+      : q(xs[0].data<T>()), k(xs.size() == 3 ? xs[1].data<T>() : q + a.heads * a.key_width),
+        v(xs.size() == 3 ? xs[2].data<T>() : k + a.heads * a.key_width) {}
+};
+
+Tensor attend(std::vector<Tensor> xs, const Sizes& sizes, const AttentionOptions& options) {
+  AttentionSize a = size_of_attention(xs[0], sizes, options);
+  const DType sums = xs[0].dtype() == DType::f64 ? DType::f64 : DType::f32;
+  const Device where = xs[0].device();
+  for (size_t i = 0; a.rotated > 0 && i < xs.size() && i < 2; ++i)
+    if (!xs[i].sole_owner()) {
+      const Tensor x = xs[i];
+      xs[i] = Tensor::like(x);
+      copy_into(xs[i], x);
+      xs[i].set_node(x.node());
+    }
+  Tensor y = Tensor::like(xs[0], {a.batch, a.time, a.heads, a.value_width});
+  Tensor lse = Tensor::empty({a.batch, a.heads, a.time}, sums, where);
+  Tensor bits;
+  if (options.dropout > 0)
+    bits = Tensor::empty({int64_t{a.batch} * a.heads * a.time, a.kept_words}, DType::i32, where);
+  uint32_t* kept = reinterpret_cast<uint32_t*>(bits.data<int32_t>());
+  a.kept = kept;
+  const Mask mask(options.key, options.dropout);
+  on_device(where, [&](auto device) {
+    dispatch(device, y.dtype(), [&]<class T>() {
+      const Operands<T> in(xs, a);
+      rotate(where, dtype_of<T>, a, in.q, in.k, Turn::forward);
+      forward<T>(device, a, mask, kept, {in.q, in.k, in.v, y.data<T>(), lse.data<acc_t<T>>()});
+    });
+  });
+  std::vector<Tensor> saved;
+  for (const Tensor& x : xs) saved.push_back(x.detached());
+  // The closure keeps `bits` and `angles` because `a` points into them.
+  return record("attention", y, xs, [a, saved, y, lse, bits, angles = options.angles](const Tensor& dy) -> Gradients {
+    Gradients dxs;
+    for (const Tensor& x : saved) dxs.push_back(Tensor::like(x));
+    MemoryScope scope(Category::workspace);
+    Tensor delta, dk_heads;
+    if (y.device() == Device::cuda) delta = Tensor::like(lse);
+    const bool shared_key = a.key_heads != a.heads;
+    if (shared_key) dk_heads = Tensor::empty({a.batch, a.time, a.heads, a.key_width}, lse.dtype(), y.device());
+    on_device(y.device(), [&](auto device) {
+      dispatch(device, y.dtype(), [&]<class T>() {
+        const Operands<T> in(saved, a), out(dxs, a);
+        backward<T>(device, a, {in.q, in.k, in.v, y.data<T>(), dy.data<T>(), lse.data<acc_t<T>>(),
+                                delta.data<acc_t<T>>(), out.q, out.k, out.v, dk_heads.data<acc_t<T>>()});
+        if (shared_key)
+          sum_heads<T>(device, dk_heads.data<acc_t<T>>(), out.k, dxs[1].numel(), a.heads, a.key_width);
+        rotate(y.device(), dtype_of<T>, a, out.q, out.k, Turn::back);
+      });
+    });
+    return dxs;
+  });
 }
 
 }  // namespace
 
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
-  AttentionSize a = size_of_attention(q, k, v, options);
-  const DType sums = q.dtype() == DType::f64 ? DType::f64 : DType::f32;
-  Tensor y = Tensor::like(v);
-  Tensor lse = Tensor::empty({a.batch, a.heads, a.time}, sums, q.device());
-  Tensor bits;
-  if (options.dropout > 0)
-    bits = Tensor::empty({int64_t{a.batch} * a.heads * a.time, a.kept_words}, DType::i32, q.device());
-  uint32_t* kept = reinterpret_cast<uint32_t*>(bits.data<int32_t>());
-  a.kept = kept;
-  const Mask mask(options.key, options.dropout);
-  on_device(q.device(), [&](auto device) {
-    dispatch(device, q.dtype(), [&]<class T>() {
-      forward(device, a, mask, kept, q.data<T>(), k.data<T>(), v.data<T>(), y.data<T>(), lse.data<acc_t<T>>());
-    });
-  });
-  // The closure keeps `bits` because a.kept points into it.
-  return record("attention", y, {q, k, v},
-                [a, sums, q = q.detached(), k = k.detached(), v = v.detached(), y, lse,
-                 bits](const Tensor& dy) -> Gradients {
-    GradientTensors g{q, k, v, y, lse, dy, Tensor::like(q), Tensor::like(k), Tensor::like(v), {}, {}};
-    MemoryScope scope(Category::workspace);
-    if (q.device() == Device::cuda) g.delta = Tensor::like(lse);
-    const bool shared_key = a.key_heads != a.heads;
-    if (shared_key) g.dk_heads = Tensor::empty(q.shape(), sums, q.device());
-    on_device(q.device(), [&](auto device) {
-      dispatch(device, q.dtype(), [&]<class T>() {
-        backward<T>(device, a, g);
-        if (shared_key)
-          sum_heads<T>(device, g.dk_heads.data<acc_t<T>>(), g.dk.data<T>(), g.dk.numel(), a.heads, a.key_width);
-      });
-    });
-    return {g.dq, g.dk, g.dv};
-  });
+Tensor attention(Tensor q, Tensor k, Tensor v, const AttentionOptions& options) {
+  const Sizes sizes = sizes_of(q, k, v);
+  std::vector<Tensor> xs(3);
+  xs[0] = std::move(q), xs[1] = std::move(k), xs[2] = std::move(v);
+  return attend(std::move(xs), sizes, options);
+}
+
+Tensor attention(Tensor qkv, const AttentionOptions& options) {
+  check(qkv.rank() == 4 && qkv.size(2) % 3 == 0 && qkv.numel() > 0,
+        "attention takes q, k and v side by side as [B, T, 3 * H, D], found {}", qkv.shape().str());
+  const int64_t heads = qkv.size(2) / 3, width = qkv.size(3), stride = 3 * heads * width;
+  std::vector<Tensor> xs(1);
+  xs[0] = std::move(qkv);
+  return attend(std::move(xs), {heads, heads, width, width, stride, stride, stride}, options);
 }
 
 }  // namespace weft

@@ -3,6 +3,7 @@
 #pragma once
 #include <initializer_list>
 
+#include "engine/device.h"
 #include "engine/dtype.h"
 
 namespace weft {
@@ -13,6 +14,9 @@ struct AttentionSize {
   double keep_scale;     // 1 / (1 - p)
   const uint32_t* kept;  // [B, H, T, kept_words]: bit s % 32 of word s / 32 says whether (t, s) is kept; null: all are
   int64_t kept_words;    // in a row: whole pairs, so that a tile of 64 keys has two
+  int64_t q_stride, k_stride, v_stride;  // from a token to the next, also of their gradients
+  const float* angles;  // [time, rotated]: cos in even, sin in odd columns
+  int rotated;          // columns of a head of q and k, the last; 0: none
 };
 
 // Word i of `kept`; mask.key is already at_step().
@@ -25,21 +29,25 @@ WEFT_HD inline uint32_t kept_word(const Mask& mask, uint64_t i) {
   return bits;
 }
 
+// Rotates (or `back`) the heads of q and k in place.
+enum class Turn : uint8_t { forward, back };
+void rotate(Device device, DType dtype, const AttentionSize& a, void* q, void* k, Turn turn);
+
 template <class T>
 struct AttentionForward {
   const T *q, *k, *v;
   T* out;
-  float* lse;  // [B, H, T]: log sum exp of a row's scores
+  acc_t<T>* lse;  // [B, H, T]: log sum exp of a row's scores
 };
 
 // dk has a head for every query head: the caller sums them where the key head is shared.
 template <class T>
 struct AttentionBackward {
   const T *q, *k, *v, *y, *dy;
-  const float* lse;  // [B, H, T]
-  float* delta;      // [B, H, T]: sum(dy * y), which is sum_s(p_s dp_s); the warpgroup kernels' own is over keep_scale
+  const acc_t<T>* lse;  // [B, H, T]
+  acc_t<T>* delta;      // [B, H, T]: sum(dy * y), which is sum_s(p_s dp_s); the warpgroup kernels' own is over keep_scale
   T *dq, *dk, *dv;
-  float* dk_heads;  // [B, T, H, Dk], in place of dk, where the key head is shared; else null
+  acc_t<T>* dk_heads;  // [B, T, H, Dk], in place of dk, where the key head is shared; else null
 };
 
 inline bool aligned(std::initializer_list<const void*> pointers) {
@@ -48,22 +56,27 @@ inline bool aligned(std::initializer_list<const void*> pointers) {
   return true;
 }
 
-#ifdef __CUDACC__
-// Where a block works: one head of one sequence. Offsets of row 0 in q-like, k and v-like tensors, and row strides.
+// One head of one sequence: offsets of row 0 and row strides. y: of dy too; dk: of dk_heads.
 struct Place {
-  int64_t q, k, v, q_stride, k_stride, v_stride, rows;  // rows: of lse and of the dropout mask
-  __device__ Place(const AttentionSize& a, int block) {
-    const int64_t b = block / a.heads, h = block % a.heads, kh = a.key_heads == 1 ? 0 : h;
-    q_stride = int64_t{a.heads} * a.key_width;
-    k_stride = int64_t{a.key_heads} * a.key_width;
-    v_stride = int64_t{a.heads} * a.value_width;
+  int64_t q, k, v, y, dk, q_stride, k_stride, v_stride, y_stride, dk_stride, rows;  // rows: of lse and of the mask
+  WEFT_HD Place(const AttentionSize& a, int64_t i) {
+    const int64_t b = i / a.heads, h = i % a.heads, kh = a.key_heads == 1 ? 0 : h;
+    q_stride = a.q_stride, k_stride = a.k_stride, v_stride = a.v_stride;
+    y_stride = int64_t{a.heads} * a.value_width, dk_stride = int64_t{a.heads} * a.key_width;
     q = b * a.time * q_stride + h * a.key_width;
     k = b * a.time * k_stride + kh * a.key_width;
     v = b * a.time * v_stride + h * a.value_width;
-    rows = (b * a.heads + h) * a.time;
+    y = b * a.time * y_stride + h * a.value_width;
+    dk = b * a.time * dk_stride + h * a.key_width;
+    rows = i * a.time;
   }
 };
-#endif
+
+// Whether all rows of heads are 16-byte packs of bf16, as far from a 16-byte address.
+inline bool whole_packs(const AttentionSize& a) {
+  return a.key_width % 8 == 0 && a.value_width % 8 == 0 && a.q_stride % 8 == 0 && a.k_stride % 8 == 0 &&
+         a.v_stride % 8 == 0;
+}
 
 void attention_forward_simt(const AttentionSize& size, const AttentionForward<float>& t);
 void attention_forward_simt(const AttentionSize& size, const AttentionForward<bf16>& t);

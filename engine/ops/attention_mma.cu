@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) mma_forward(AttentionSize a, Attenti
     const int t = first + lane.g + 8 * half;
     if (lane.c == 0 && t < a.time) x.lse[at.rows + t] = (top[half] + log2f(total[half])) * kLn2;
   }
-  store_rows<bf16, W::value>(x.out + at.v, at.v_stride, first, a.time, a.value_width, out, 1.0f, lane);
+  store_rows<bf16, W::value>(x.out + at.y, at.y_stride, first, a.time, a.value_width, out, 1.0f, lane);
 }
 
 // Turns q.k into the dropped probability and dy.v into ds / scale; `scale` and `lse` are for exp2.
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kThreads) mma_backward_keys(AttentionSize a, A
     const int t0 = s0 + tile * kQueries, slot = tile % 2;
     copy_tile<kQueries, W::key>(q + slot * kQueries * W::key_stride, x.q + at.q + t0 * at.q_stride, at.q_stride,
                                 a.time - t0, a.key_width);
-    copy_tile<kQueries, W::value>(dy + slot * kQueries * W::value_stride, x.dy + at.v + t0 * at.v_stride, at.v_stride,
+    copy_tile<kQueries, W::value>(dy + slot * kQueries * W::value_stride, x.dy + at.y + t0 * at.y_stride, at.y_stride,
                                   a.time - t0, a.value_width);
     if (const int i = threadIdx.x; i < kQueries) {
       const bool inside = t0 + i < a.time;
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kThreads) mma_backward_keys(AttentionSize a, A
   if constexpr (kKeyGradient) {
     const float factor = static_cast<float>(a.scale);
     if (x.dk_heads)
-      store_rows<float, W::key>(x.dk_heads + at.q, at.q_stride, first, a.time, a.key_width, dk, factor, lane);
+      store_rows<float, W::key>(x.dk_heads + at.dk, at.dk_stride, first, a.time, a.key_width, dk, factor, lane);
     else
       store_rows<bf16, W::key>(x.dk + at.k, at.k_stride, first, a.time, a.key_width, dk, factor, lane);
   }
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kThreads) mma_backward_queries(AttentionSize a
                                a.time - s0, a.value_width);
   };
   copy_tile<kRows, W::key>(q, x.q + at.q + t0 * at.q_stride, at.q_stride, a.time - t0, a.key_width);
-  copy_tile<kRows, W::value>(dy, x.dy + at.v + t0 * at.v_stride, at.v_stride, a.time - t0, a.value_width);
+  copy_tile<kRows, W::value>(dy, x.dy + at.y + t0 * at.y_stride, at.y_stride, a.time - t0, a.value_width);
   copy_keys(0);
   close_copies();
 
@@ -386,7 +386,7 @@ int shared_limit() {
 template <class F>
 bool with_widths(const AttentionSize& a, F&& run) {
   const int key = a.key_width, value = a.value_width;
-  if (key % 8 || value % 8 || key > 256 || value > 256) return false;
+  if (!whole_packs(a) || key > 256 || value > 256) return false;
   const auto try_one = [&]<int kDk, int kDv>() {
     using W = Widths<kDk, kDv>;
     if (static_cast<size_t>(shared_limit()) < std::max(W::forward_bytes, W::backward_bytes)) return false;

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) simt_forward(AttentionSize a, Attent
   if (t >= a.time) return;
 #pragma unroll
   for (int i = 0; i < kWidth / 4; ++i)
-    if (part + 4 * i < a.value_width) x.out[at.v + t * at.v_stride + part + 4 * i] = T(out[i] / total);
+    if (part + 4 * i < a.value_width) x.out[at.y + t * at.y_stride + part + 4 * i] = T(out[i] / total);
   if (part == 0) x.lse[at.rows + t] = top + logf(total);
 }
 
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) simt_backward_keys(AttentionSize a, 
   for (int t0 = s0; t0 < a.time; t0 += kTile) {
     __syncthreads();
     load_tile(q, x.q + at.q + t0 * at.q_stride, at.q_stride, a.time - t0, a.key_width);
-    load_tile(dy, x.dy + at.v + t0 * at.v_stride, at.v_stride, a.time - t0, a.value_width);
+    load_tile(dy, x.dy + at.y + t0 * at.y_stride, at.y_stride, a.time - t0, a.value_width);
     __syncthreads();
     for (int i = 0; i < kTile / 4; ++i) {
       const int column = part + 4 * i, t = t0 + column;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) simt_backward_keys(AttentionSize a, 
     if (column < a.value_width) x.dv[at.v + s * at.v_stride + column] = T(dv[i]);
     if (column < a.key_width) {
       if (x.dk_heads)
-        x.dk_heads[at.q + s * at.q_stride + column] = dk[i];
+        x.dk_heads[at.dk + s * at.dk_stride + column] = dk[i];
       else
         x.dk[at.k + s * at.k_stride + column] = T(dk[i]);
     }
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) simt_backward_queries(AttentionSize 
   const Place at(a, blockIdx.x);
   const int t0 = (gridDim.y - 1 - blockIdx.y) * kTile, row = threadIdx.x / 4, part = threadIdx.x % 4, t = t0 + row;
   load_tile(q, x.q + at.q + t0 * at.q_stride, at.q_stride, a.time - t0, a.key_width);
-  load_tile(dy, x.dy + at.v + t0 * at.v_stride, at.v_stride, a.time - t0, a.value_width);
+  load_tile(dy, x.dy + at.y + t0 * at.y_stride, at.y_stride, a.time - t0, a.value_width);
   const float lse = t < a.time ? x.lse[at.rows + t] : 0.0f, delta = t < a.time ? x.delta[at.rows + t] : 0.0f;
   float dq[kWidth / 4] = {};
   for (int s0 = 0; s0 <= t0; s0 += kTile) {

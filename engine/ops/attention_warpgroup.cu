@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, W::forward_blocks) warpgroup_forward
       const int t = t0 + row + 8 * half;
       if (lane.c == 0 && t < a.time) x.lse[at.rows + t] = (scale * top[half] + log2f(total[half])) * kLn2;
     }
-    store_rows(x.out + at.v, at.v_stride, t0, a.time, a.value_width, out, factor, shared_panels, lane);
+    store_rows(x.out + at.y, at.y_stride, t0, a.time, a.value_width, out, factor, shared_panels, lane);
   }
 }
 
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, W::queries_blocks) warpgroup_backwar
                                  a.value_width, lane);
     };
     copy_tile<kRows, W::key>(q, x.q + at.q + t0 * at.q_stride, at.q_stride, a.time - t0, a.key_width, lane);
-    copy_tile<kRows, W::value>(dy, x.dy + at.v + t0 * at.v_stride, at.v_stride, a.time - t0, a.value_width, lane);
+    copy_tile<kRows, W::value>(dy, x.dy + at.y + t0 * at.y_stride, at.y_stride, a.time - t0, a.value_width, lane);
     copy_keys(0);
     close_copies();
 
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, W::queries_blocks) warpgroup_backwar
       const int t = t0 + lane.row + 16 * i;
       float sum = 0;
       for (int column = lane.column; t < a.time && column < a.value_width; column += 64) {
-        const int64_t place = at.v + t * at.v_stride + column;
+        const int64_t place = at.y + t * at.y_stride + column;
         const Pack<bf16, 8> left = load_pack<8>(x.y + place, 8), right = load_pack<8>(x.dy + place, 8);
 #pragma unroll
         for (int d = 0; d < 8; ++d) sum += float(left.v[d]) * float(right.v[d]);
@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
       const int t0 = s0 + tile * kQueries, slot = tile % 2;
       copy_tile<kQueries, W::key>(q + slot * kQueries * W::key, x.q + at.q + t0 * at.q_stride, at.q_stride,
                                   a.time - t0, a.key_width, lane);
-      copy_tile<kQueries, W::value>(dy + slot * kQueries * W::value, x.dy + at.v + t0 * at.v_stride, at.v_stride,
+      copy_tile<kQueries, W::value>(dy + slot * kQueries * W::value, x.dy + at.y + t0 * at.y_stride, at.y_stride,
                                     a.time - t0, a.value_width, lane);
       const int i = threadIdx.x % kQueries, part = threadIdx.x / kQueries;
       const bool inside = t0 + i < a.time;
@@ -473,7 +473,7 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
 #pragma unroll
       for (int j = 0; j < W::key / 8; ++j)
         if (8 * j < a.key_width)
-          *reinterpret_cast<float2*>(x.dk_heads + at.q + s * at.q_stride + 8 * j + 2 * lane.c) =
+          *reinterpret_cast<float2*>(x.dk_heads + at.dk + s * at.dk_stride + 8 * j + 2 * lane.c) =
               float2{factor * dk[j / 8][j % 8][2 * half], factor * dk[j / 8][j % 8][2 * half + 1]};
     }
   }
@@ -495,7 +495,7 @@ bool has_warpgroups() {
 template <class F>
 bool with_widths(const AttentionSize& a, F&& run) {
   const int key = a.key_width, value = a.value_width;
-  if (!has_warpgroups() || a.scale <= 0 || key % 8 || value % 8) return false;
+  if (!has_warpgroups() || a.scale <= 0 || !whole_packs(a)) return false;
   if (key <= 64 && value <= 64) return run.template operator()<Widths<64, 64>>(), true;
   if (key <= 128 && value <= 192) return run.template operator()<Widths<128, 192>>(), true;
   return false;

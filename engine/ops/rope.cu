@@ -1,11 +1,9 @@
-// Each pair (a, b) = (x[2i], x[2i+1]) of a head's last R columns becomes (a c - b s, a s + b c), with c and s =
-// table[t, 2i] and table[t, 2i+1]; dx is dy turned back: the same with -s. split_rope reads its parts' columns where
-// they lie in x, and all parts' gradients go straight into one dx.
-#include <algorithm>
-#include <array>
-
+// Rotary positions of attention's queries and keys (Su et al., 2021), in place: each pair (a, b) = (x[2i], x[2i+1]) of a
+// head's last R columns becomes (a c - b s, a s + b c), with c and s = angles[t, 2i] and angles[t, 2i+1]; a gradient is
+// turned back: the same with -s.
 #include "engine/cpu/parallel.h"
 #include "engine/ops.h"
+#include "engine/ops/attention_kernels.h"
 #if WEFT_CUDA
 #include "engine/cuda/vector.h"
 #endif
@@ -13,171 +11,88 @@
 namespace weft {
 namespace {
 
-constexpr int kMostParts = 4;
+template <class T>
+struct Rotation {
+  T *q, *k;
+  acc_t<T> sign;  // of the angles
 
-// A part's columns in x, and where they lie apart from it.
-struct Place {
-  int64_t start, end;
-  int64_t width;  // of a head
-  int64_t kept;   // columns of a head that are not rotated
-  void* data;     // [tokens, end - start]; null: zeros, of a gradient that did not come
-};
-struct Places {
-  int64_t tokens, time, width;  // B*T, T, W of x
-  int64_t rotated;              // R
-  const float* table;
-  void* x;
-  int count;
-  std::array<Place, kMostParts> parts;
-
-  WEFT_HD const Place& of(int64_t column) const {
-    int i = 0;
-    while (column >= parts[i].end) ++i;
-    return parts[i];
+  // The rotated columns of a head of a token; the heads of k follow those of q.
+  WEFT_HD T* head(const AttentionSize& a, int64_t token, int i) const {
+    T* const first = i < a.heads ? q + token * a.q_stride + i * a.key_width
+                                 : k + token * a.k_stride + (i - a.heads) * a.key_width;
+    return first + a.key_width - a.rotated;
+  }
+  WEFT_HD void turn(T& x, T& y, float cosine, float sine) const {
+    const acc_t<T> a = x, b = y, c = cosine, s = sign * sine;
+    x = T(a * c - b * s);
+    y = T(a * s + b * c);
   }
 };
-enum class Way { apart, together };  // from x to the parts, or from the parts, turned back, to x
 
-// One column of a token.
-template <class T, Way kWay>
-WEFT_HD void move_element(const Places& places, int64_t token, int64_t column) {
-  using A = acc_t<T>;
-  const Place& part = places.of(column);
-  T* const whole = static_cast<T*>(places.x) + token * places.width + column;
-  T* const piece = static_cast<T*>(part.data) + token * (part.end - part.start) + column - part.start;
-  const T* const from = kWay == Way::apart ? whole : piece;
-  T* const to = kWay == Way::apart ? piece : whole;
-  const int64_t turned = (column - part.start) % part.width - part.kept;
-  if (!part.data) {
-    *to = T(0.0f);
-  } else if (turned < 0) {
-    *to = *from;
-  } else {
-    const float* angle = places.table + token % places.time * places.rotated + turned / 2 * 2;
-    const A c = angle[0], s = kWay == Way::apart ? angle[1] : -angle[1];
-    *to = turned % 2 == 0 ? T(A(from[0]) * c - A(from[1]) * s) : T(A(from[-1]) * s + A(from[0]) * c);
-  }
-}
-
-template <class T, Way kWay>
-void move(Cpu, const Places& places) {
-  parallel_for(places.tokens, std::max<int64_t>(1, 4096 / (places.width + 1)), [=](int64_t from, int64_t to) {
+template <class T>
+void rotate(Cpu, const AttentionSize& a, const Rotation<T>& r) {
+  parallel_for(int64_t{a.batch} * a.time, 8, [=](int64_t from, int64_t to) {
     for (int64_t token = from; token < to; ++token)
-      for (int64_t column = 0; column < places.width; ++column) move_element<T, kWay>(places, token, column);
+      for (int i = 0; i < a.heads + a.key_heads; ++i) {
+        T* const x = r.head(a, token, i);
+        const float* angles = a.angles + token % a.time * a.rotated;
+        for (int j = 0; j < a.rotated; j += 2) r.turn(x[j], x[j + 1], angles[j], angles[j + 1]);
+      }
   });
 }
 
 #if WEFT_CUDA
-// A thread moves 8 columns: heads, parts and what is kept of them are whole packs. 22.9 us for [8192, 3 * 768] in bf16
-// on an H200, where a plain copy of as much takes 21.1.
-constexpr int kN = 8;
-template <class T, Way kWay>
-__global__ void rope_packs(const __grid_constant__ Places places, unsigned packs) {
-  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, token = i / packs, column = i % packs * kN;
-  if (token >= places.tokens) return;
-  const Place& part = places.of(column);
-  T* const whole = static_cast<T*>(places.x) + token * places.width + column;
-  T* const piece = static_cast<T*>(part.data) + token * (part.end - part.start) + column - part.start;
-  const unsigned turned_from = static_cast<unsigned>(part.kept);
-  const unsigned in_head = (column - static_cast<unsigned>(part.start)) % static_cast<unsigned>(part.width);
-  Pack<T, kN> pack = {};
-  if (part.data) {
-    pack = load_pack<kN>(kWay == Way::apart ? whole : piece, kN);
-    if (in_head >= turned_from) {
-      const float* angles = places.table + token % static_cast<unsigned>(places.time) * places.rotated;
-      const auto cs = load_pack<kN>(angles + in_head - turned_from, kN);
+// A thread turns the same kN columns of kHeads heads, which have the angles in common.
+constexpr int kN = 8, kHeads = 4;
+template <class T>
+__global__ void rotate_packs(const __grid_constant__ AttentionSize a, Rotation<T> r, unsigned threads) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, packs = a.rotated / kN;
+  if (i >= threads) return;
+  const int heads = a.heads + a.key_heads, groups = (heads + kHeads - 1) / kHeads;
+  const unsigned column = i % packs * kN, group = i / packs % groups, token = i / packs / groups;
+  Pack<T, kN> x[kHeads];
 #pragma unroll
-      for (int j = 0; j < kN; j += 2) {
-        const float a = pack.v[j], b = pack.v[j + 1], c = cs.v[j], s = kWay == Way::apart ? cs.v[j + 1] : -cs.v[j + 1];
-        pack.v[j] = T(a * c - b * s);
-        pack.v[j + 1] = T(a * s + b * c);
-      }
+  for (int g = 0; g < kHeads; ++g)
+    if (const int head = group + g * groups; head < heads) x[g] = load_whole_pack<kN>(r.head(a, token, head) + column);
+  const auto angles = load_whole_pack<kN>(a.angles + token % a.time * a.rotated + column);
+#pragma unroll
+  for (int g = 0; g < kHeads; ++g)
+    if (const int head = group + g * groups; head < heads) {
+#pragma unroll
+      for (int j = 0; j < kN; j += 2) r.turn(x[g].v[j], x[g].v[j + 1], angles.v[j], angles.v[j + 1]);
+      store_whole_pack(r.head(a, token, head) + column, x[g]);
     }
-  }
-  store_pack(kWay == Way::apart ? piece : whole, pack, kN);
 }
-template <class T, Way kWay>
-__global__ void rope_elements(const __grid_constant__ Places places) {
+template <class T>
+__global__ void rotate_pairs(AttentionSize a, Rotation<T> r, int64_t pairs) {
   const int64_t i = element_index();
-  if (i < places.tokens * places.width) move_element<T, kWay>(places, i / places.width, i % places.width);
+  if (i >= pairs) return;
+  const int half = a.rotated / 2, heads = a.heads + a.key_heads, j = static_cast<int>(i % half) * 2;
+  const int64_t token = i / half / heads;
+  T* const x = r.head(a, token, static_cast<int>(i / half % heads)) + j;
+  const float* angles = a.angles + token % a.time * a.rotated + j;
+  r.turn(x[0], x[1], angles[0], angles[1]);
 }
-template <class T, Way kWay>
-void move(Cuda, const Places& places) {
-  bool whole = places.tokens * places.width < int64_t{1} << 32;
-  for (int i = 0; i < places.count; ++i) {
-    const Place& part = places.parts[i];
-    whole = whole && part.start % kN == 0 && part.width % kN == 0 && part.kept % kN == 0;
-  }
-  if (whole)
-    launch_elements(rope_packs<T, kWay>, places.tokens * places.width / kN, places,
-                    static_cast<unsigned>(places.width / kN));
+template <class T>
+void rotate(Cuda, const AttentionSize& a, const Rotation<T>& r) {
+  const int64_t tokens = int64_t{a.batch} * a.time, heads = a.heads + a.key_heads;
+  const int64_t threads = tokens * ((heads + kHeads - 1) / kHeads) * (a.rotated / kN);
+  if (whole_packs(a) && a.rotated % kN == 0 && aligned({r.q, r.k, a.angles}) && threads < int64_t{1} << 31)
+    launch_elements(rotate_packs<T>, threads, a, r, static_cast<unsigned>(threads));
   else
-    launch_elements(rope_elements<T, kWay>, places.tokens * places.width, places);
+    launch_elements(rotate_pairs<T>, tokens * heads * (a.rotated / 2), a, r, tokens * heads * (a.rotated / 2));
 }
 #endif
 
-template <Way kWay>
-void move(const Tensor& x, Places places, const std::vector<Tensor>& parts) {
-  places.x = x.raw();
-  for (size_t i = 0; i < parts.size(); ++i) places.parts[i].data = parts[i] ? parts[i].raw() : nullptr;
-  on_device(x.device(), [&](auto device) {
-    dispatch(device, x.dtype(), [&]<class T>() { move<T, kWay>(device, places); });
-  });
-}
-
-void check_table(const Tensor& x, const Tensor& table) {
-  check(table.rank() == 2 && table.dtype() == DType::f32 && table.device() == x.device() &&
-            table.size(0) >= x.size(1) && table.size(1) % 2 == 0,
-        "rope of {} on {} needs an f32 table [>=T, R even] there, found {} {} on {}", x.shape().str(),
-        name_of(x.device()), name_of(table.dtype()), table.shape().str(), name_of(table.device()));
-}
-
 }  // namespace
 
-Tensor rope(const Tensor& x, const Tensor& table) {
-  check(x.rank() == 4, "rope needs x [B, T, H, D], found {}", x.shape().str());
-  check_table(x, table);
-  const int64_t width = x.size(2) * x.size(3), rotated = table.size(1);
-  check(rotated <= x.size(3), "rope's table has {} columns, more than a head of {}", rotated, x.shape().str());
-  Places places{x.size(0) * x.size(1), x.size(1), width, rotated, table.data<float>(), nullptr, 1, {}};
-  places.parts[0] = {0, width, x.size(3), x.size(3) - rotated, nullptr};
-  Tensor y = Tensor::like(x);
-  move<Way::apart>(x, places, {y});
-  return record("rope", y, {x}, [places, table = table.detached()](const Tensor& dy) -> Gradients {
-    const Tensor dx = Tensor::like(dy);
-    move<Way::together>(dx, places, {dy});
-    return {dx};
+void rotate(Device where, DType dtype, const AttentionSize& a, void* q, void* k, Turn turn) {
+  if (a.rotated == 0) return;
+  on_device(where, [&](auto device) {
+    dispatch(device, dtype, [&]<class T>() {
+      rotate(device, a, Rotation<T>{static_cast<T*>(q), static_cast<T*>(k), acc_t<T>(turn == Turn::forward ? 1 : -1)});
+    });
   });
-}
-
-std::vector<Tensor> split_rope(const Tensor& x, const std::vector<RopePart>& parts, const Tensor& table) {
-  check(x.rank() == 3 && !parts.empty() && parts.size() <= kMostParts,
-        "split_rope needs x [B, T, W] and 1 to {} parts, found {} and {}", kMostParts, x.shape().str(), parts.size());
-  Places places{x.size(0) * x.size(1), x.size(1), x.size(2), 0, nullptr, nullptr, static_cast<int>(parts.size()), {}};
-  if (table) {
-    check_table(x, table);
-    places.rotated = table.size(1);
-    places.table = table.data<float>();
-  }
-  std::vector<Tensor> ys;
-  int64_t start = 0;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    const auto [heads, width, rotated] = parts[i];
-    check(heads > 0 && width > 0 && (!rotated || (table && places.rotated <= width)),
-          "part {} of split_rope has {} heads of {} for a table of {} columns", i, heads, width, places.rotated);
-    places.parts[i] = {start, start + heads * width, width, rotated ? width - places.rotated : width, nullptr};
-    start += heads * width;
-    ys.push_back(Tensor::like(x, {x.size(0), x.size(1), heads, width}));
-  }
-  check(start == x.size(2), "split_rope's parts have {} columns together, x {}", start, x.shape().str());
-  move<Way::apart>(x, places, ys);
-  return record_joint("split_rope", ys, {x},
-                      [places, table = table.detached(), shape = x.shape(), dtype = x.dtype(),
-                       device = x.device()](std::vector<Tensor> dys) -> Gradients {
-                        const Tensor dx = Tensor::empty(shape, dtype, device);
-                        move<Way::together>(dx, places, dys);
-                        return {dx};
-                      });
 }
 
 }  // namespace weft

@@ -121,6 +121,25 @@ void add_elementwise_cases(std::vector<OpCase>& cases) {
                      });
                    },
                    .reduction = 4, .large = {{{16, 512, 12, 128}}, {{16, 512, 1, 64}}}});
+  // The parts in another order, and one alone.
+  const auto cut = [](auto& x) { return split_last(x[0], {5, 16, x[0].size(-1) - 21}); };
+  const auto cut_loops = [](auto& x, int64_t from, int64_t to) {
+    const float* v = x[0].template data<float>();
+    Shape shape = x[0].shape();
+    shape.set(-1, to - from);
+    return made(shape, [=, d = x[0].size(-1)](int64_t i) { return v[i / (to - from) * d + from + i % (to - from)]; });
+  };
+  const std::vector<Inputs> whole = {{{{2, 3, 37}}}, {{{1, 4, 2, 70}}}};
+  cases.push_back({.name = "split_last", .sizes = whole,
+                   .run = [=](auto& x) {
+                     const std::vector<Tensor> y = cut(x);
+                     return concat_last(concat_last(y[1], y[2]), y[0]);
+                   },
+                   .reference = [=](auto& x) {
+                     return concat_last(cut_loops(x, 5, x[0].size(-1)), cut_loops(x, 0, 5));
+                   }});
+  cases.push_back({.name = "split_last_one_part", .sizes = whole, .run = [=](auto& x) { return cut(x)[1]; },
+                   .reference = [=](auto& x) { return cut_loops(x, 5, 21); }});
   cases.push_back({.name = "squared_norm", .sizes = {{constant(small), constant(odd)}},
                    .run = [](auto& x) { return squared_norm({x[0], x[1]}); },
                    .reference = [](auto& x) { return add(sum(mul(x[0], x[0])), sum(mul(x[1], x[1]))); },

@@ -1,4 +1,4 @@
-// Dropout, norms, embedding, RoPE, softmax, and the loss. The references are plain loops in double.
+// Dropout, norms, embedding, softmax, and the loss. The references are plain loops in double.
 #include <cmath>
 
 #include "tests/op_cases.h"
@@ -42,17 +42,6 @@ Tensor embedding_loops(const Tensor& ids, const Tensor& table, double scale) {
   Shape shape = ids.shape();
   shape.push_back(d);
   return made(shape, [=](int64_t i) { return scale * w[id[i / d] * d + i % d]; });
-}
-
-Tensor rope_loops(const Tensor& x, const Tensor& table) {
-  const float *v = x.data<float>(), *angles = table.data<float>();
-  const int64_t time = x.size(1), heads = x.size(2), d = x.size(3), r = table.size(1);
-  return made(x.shape(), [=](int64_t i) -> double {
-    const int64_t t = i / (heads * d) % time, column = i % d - (d - r);
-    if (column < 0) return v[i];
-    const double c = angles[t * r + column / 2 * 2], s = angles[t * r + column / 2 * 2 + 1];
-    return column % 2 == 0 ? v[i] * c - v[i + 1] * s : v[i] * c + v[i - 1] * s;
-  });
 }
 
 double sum_of_exp(const float* row, int64_t d) {
@@ -156,74 +145,6 @@ void add_layer_cases(std::vector<OpCase>& cases) {
                      return made(y.shape(), [=](int64_t i) { return float(bf16(v[i])); });
                    },
                    .reduction = 132, .large = {ids({16, 512}, 49152), {{49152, 768}}}, .dtypes = {DType::f32}});
-
-  cases.push_back({.name = "rope",
-                   .sizes = {{{{2, 5, 3, 16}}, constant({9, 16}, Type::f32)},
-                             {{{1, 4, 2, 24}}, constant({4, 8}, Type::f32)},
-                             {{{2, 3, 2, 7}}, constant({3, 4}, Type::f32)},
-                             {{{1, 3, 12, 64}}, constant({3, 64}, Type::f32)},
-                             {{{1, 2, 1, 12}}, constant({2, 2}, Type::f32)}},
-                   .run = [](auto& x) { return rope(x[0], x[1]); },
-                   .reference = [](auto& x) { return rope_loops(x[0], x[1]); }, .reduction = 2,
-                   .large = {{{16, 512, 12, 64}}, constant({512, 64}, Type::f32)}});
-
-  // All parts, rotated and not, side by side in another order; then one alone. The reference copies column by column.
-  const auto parts_of = [](auto& x) {
-    const int64_t r = x[1].size(1), w = x[0].size(2);
-    return std::vector<RopePart>{{.heads = 2, .width = r + 1 + w % 2, .rotated = true},
-                                 {.heads = 1, .width = r, .rotated = true},
-                                 {.heads = 1, .width = w - 3 * r - 2 - w % 2 * 2}};
-  };
-  const auto flat = [](const Tensor& part) {
-    return reshape(part, {part.size(0), part.size(1), part.size(2) * part.size(3)});
-  };
-  const auto split_loops = [=](auto& x, size_t chosen) {
-    const std::vector<RopePart> parts = parts_of(x);
-    int64_t start = 0;
-    for (size_t i = 0; i < chosen; ++i) start += parts[i].heads * parts[i].width;
-    const int64_t w = x[0].size(2), heads = parts[chosen].heads, d = parts[chosen].width;
-    const float* v = x[0].template data<float>();
-    const Tensor part = made({x[0].size(0), x[0].size(1), heads, d},
-                             [=](int64_t i) { return v[i / (heads * d) * w + start + i % (heads * d)]; });
-    return flat(parts[chosen].rotated ? rope_loops(part, x[1]) : part);
-  };
-  const std::vector<Inputs> splits = {{{{2, 3, 37}}, constant({5, 8}, Type::f32)},
-                                      {{{1, 4, 70}}, constant({4, 16}, Type::f32)}};
-  cases.push_back({.name = "split_rope", .sizes = splits,
-                   .run = [=](auto& x) {
-                     const std::vector<Tensor> y = split_rope(x[0], parts_of(x), x[1]);
-                     return concat_last(concat_last(flat(y[1]), flat(y[2])), flat(y[0]));
-                   },
-                   .reference = [=](auto& x) {
-                     return concat_last(concat_last(split_loops(x, 1), split_loops(x, 2)), split_loops(x, 0));
-                   },
-                   .reduction = 2});
-  cases.push_back({.name = "split_rope_one_part", .sizes = splits,
-                   .run = [=](auto& x) { return flat(split_rope(x[0], parts_of(x), x[1])[1]); },
-                   .reference = [=](auto& x) { return split_loops(x, 1); }, .reduction = 2});
-  // As attention has it: the parts are whole packs.
-  const auto qkv = [=](auto& x) {
-    const int64_t d = x[1].size(1), heads = x[0].size(2) / 3 / d;
-    return split_rope(x[0], {{.heads = heads, .width = d, .rotated = true},
-                             {.heads = heads, .width = d, .rotated = true}, {.heads = heads, .width = d}}, x[1]);
-  };
-  cases.push_back({.name = "split_rope_qkv", .sizes = {{{{2, 3, 96}}, constant({3, 16}, Type::f32)},
-                                                       {{{1, 5, 576}}, constant({7, 64}, Type::f32)}},
-                   .run = [=](auto& x) {
-                     const std::vector<Tensor> y = qkv(x);
-                     return concat_last(concat_last(y[0], y[1]), y[2]);
-                   },
-                   .reference = [=](auto& x) {
-                     const int64_t b = x[0].size(0), t = x[0].size(1), w = x[0].size(2), d = x[1].size(1);
-                     const int64_t heads = w / 3 / d;
-                     const float* v = x[0].template data<float>();
-                     const auto part = [&](int64_t which) {
-                       return made({b, t, heads, d},
-                                   [=](int64_t i) { return v[i / (w / 3) * w + which * w / 3 + i % (w / 3)]; });
-                     };
-                     return concat_last(concat_last(rope_loops(part(0), x[1]), rope_loops(part(1), x[1])), part(2));
-                   },
-                   .reduction = 2});
 
   cases.push_back({.name = "softmax", .sizes = {{{{3, 37}}}, {{{2, 3, 8}}}, {{{2, 5000}}}, {{{4, 1}}}},
                    .run = [](auto& x) { return softmax(x[0]); },
