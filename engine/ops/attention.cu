@@ -179,9 +179,8 @@ void forward(Cpu, const AttentionSize& a, Mask mask, uint32_t* kept, const Atten
   });
 }
 
-// Both say whether dq and dk are those of q and k before they were rotated.
 template <class T>
-bool backward(Cpu, const AttentionSize& a, const AttentionBackward<T>& x) {
+void backward(Cpu, const AttentionSize& a, const AttentionBackward<T>& x) {
   using A = acc_t<T>;
   const int64_t time = a.time, dk = a.key_width, dv = a.value_width;
   parallel_for(int64_t{a.batch} * a.heads, 1, [=, &a, &x](int64_t from, int64_t to) {
@@ -221,7 +220,6 @@ bool backward(Cpu, const AttentionSize& a, const AttentionBackward<T>& x) {
         write_rows(dks, x.dk + at.k, at.k_stride, time, dk);
     }
   });
-  return false;
 }
 
 // The gradient of a shared key head, one element of [B, T, 1, Dk]: the sum over the heads of [B, T, H, Dk].
@@ -274,16 +272,15 @@ __global__ void attention_sum_heads(const float* dk_heads, T* dk, int64_t n, int
 }
 
 template <class T>
-bool backward(Cuda, const AttentionSize& a, const AttentionBackward<T>& tensors) {
+void backward(Cuda, const AttentionSize& a, const AttentionBackward<T>& tensors) {
   if constexpr (std::is_same_v<T, bf16>)
-    if (attention_backward_warpgroup(a, tensors)) return true;
+    if (attention_backward_warpgroup(a, tensors)) return;
   const int64_t rows = int64_t{a.batch} * a.time * a.heads;
   launch_elements(attention_delta<T>, rows * 32, tensors.y, tensors.dy, tensors.delta, rows, a.time, a.heads,
                   a.value_width);
   if constexpr (std::is_same_v<T, bf16>)
-    if (attention_backward_mma(a, tensors)) return false;
+    if (attention_backward_mma(a, tensors)) return;
   attention_backward_simt(a, tensors);
-  return false;
 }
 template <class T>
 void sum_heads(Cuda, const float* dk_heads, T* dk, int64_t n, int heads, int width) {
@@ -385,12 +382,11 @@ Tensor attend(std::vector<Tensor> xs, const Sizes& sizes, const AttentionOptions
     on_device(y.device(), [&](auto device) {
       dispatch(device, y.dtype(), [&]<class T>() {
         const Operands<T> in(saved, a), out(dxs, a);
-        const bool turned =
-            backward<T>(device, a, {in.q, in.k, in.v, y.data<T>(), dy.data<T>(), lse.data<acc_t<T>>(),
-                                    delta.data<acc_t<T>>(), out.q, out.k, out.v, dk_heads.data<acc_t<T>>()});
+        backward<T>(device, a, {in.q, in.k, in.v, y.data<T>(), dy.data<T>(), lse.data<acc_t<T>>(),
+                                delta.data<acc_t<T>>(), out.q, out.k, out.v, dk_heads.data<acc_t<T>>()});
         if (shared_key)
           sum_heads<T>(device, dk_heads.data<acc_t<T>>(), out.k, dxs[1].numel(), a.heads, a.key_width);
-        if (!turned) rotate(y.device(), dtype_of<T>, a, out.q, out.k, Turn::back);
+        rotate(y.device(), dtype_of<T>, a, out.q, out.k, Turn::back);
       });
     });
     return dxs;

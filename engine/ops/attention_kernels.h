@@ -83,8 +83,8 @@ void attention_forward_simt(const AttentionSize& size, const AttentionForward<bf
 void attention_backward_simt(const AttentionSize& size, const AttentionBackward<float>& t);
 void attention_backward_simt(const AttentionSize& size, const AttentionBackward<bf16>& t);
 
-// Fill delta (those of mma read it), dq, dk and dv; the forward kernels fill out and lse. Those of the warpgroups also
-// draw `kept`, and turn dq and dk back. False, with nothing done, where the widths, the alignment or the GPU do not suit the tensor cores.
+// Fill delta (those of mma read it), dq, dk and dv; the forward kernels fill out and lse, that of the warpgroups also
+// draws `kept`. False, with nothing done, where the widths, the alignment or the GPU do not suit the tensor cores.
 bool attention_forward_warpgroup(const AttentionSize& size, const Mask& mask, uint32_t* kept,
                                  const AttentionForward<bf16>& t);
 bool attention_backward_warpgroup(const AttentionSize& size, const AttentionBackward<bf16>& t);

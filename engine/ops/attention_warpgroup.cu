@@ -76,28 +76,6 @@ __device__ void round_sums(Quad (&rounded)[kTiles / 2], const float (&x)[kTiles]
   }
 }
 
-// Turns the gradient of the rotated columns back (rope.cu), in rows `first` and `first` + 8 of this thread.
-template <int kPanels>
-__device__ void turn_back(float (&sums)[kPanels][8][4], const AttentionSize& a, int first, const Lane& lane) {
-  const int kept = a.key_width - a.rotated;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (first + 8 * half >= a.time) continue;
-    const float* angles = a.angles + (first + 8 * half) * a.rotated - kept;
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel)
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-        if (const int column = 64 * panel + 8 * j + 2 * lane.c; column >= kept && column < a.key_width) {
-          const float2 turn = *reinterpret_cast<const float2*>(angles + column);
-          float &x = sums[panel][j][2 * half], &y = sums[panel][j][2 * half + 1];
-          const float before = x;
-          x = before * turn.x + y * turn.y;
-          y = y * turn.x - before * turn.y;
-        }
-  }
-}
-
 // Writes factor[row half] * sums to rows from `first` of a tensor, as far as it has rows and columns, through this
 // warp's rows of `panels`.
 template <int kPanels>
@@ -389,7 +367,6 @@ __global__ void __launch_bounds__(kThreads, W::queries_blocks) warpgroup_backwar
       __syncthreads();
     }
     const float factor = static_cast<float>(a.scale * a.keep_scale);
-    turn_back(dq, a, t0 + row, lane);
     store_rows(x.dq + at.q, at.q_stride, t0, a.time, a.key_width, dq, {factor, factor}, shared_panels, lane);
   }
 }
@@ -484,7 +461,6 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
     }
     const float factor = static_cast<float>(a.scale * a.keep_scale);
     store_rows(x.dv + at.v, at.v_stride, s0, a.time, a.value_width, dv, {keep_scale, keep_scale}, shared_panels, lane);
-    turn_back(dk, a, s0 + row, lane);
     if (!x.dk_heads) {
       __syncwarp();
       store_rows(x.dk + at.k, at.k_stride, s0, a.time, a.key_width, dk, {factor, factor}, shared_panels, lane);
@@ -539,7 +515,7 @@ bool attention_forward_warpgroup(const AttentionSize& a, const Mask& mask, uint3
 }
 
 bool attention_backward_warpgroup(const AttentionSize& a, const AttentionBackward<bf16>& t) {
-  return aligned({t.q, t.k, t.v, t.y, t.dy, t.dq, t.dk, t.dv, t.dk_heads, a.angles}) && with_widths(a, [&]<class W>() {
+  return aligned({t.q, t.k, t.v, t.y, t.dy, t.dq, t.dk, t.dv, t.dk_heads}) && with_widths(a, [&]<class W>() {
            launch_blocks(warpgroup_backward_queries<W>, grid(a), kThreads, W::queries_bytes, a, t);
            launch_blocks(warpgroup_backward_keys<W>, grid(a), kThreads, W::keys_bytes, a, t);
          });

@@ -42,8 +42,9 @@ void rotate(Cpu, const AttentionSize& a, const Rotation<T>& r) {
 }
 
 #if WEFT_CUDA
-// A thread turns the same kN columns of kHeads heads, which have the angles in common.
-constexpr int kN = 8, kHeads = 4;
+// A thread turns the same kN columns of kHeads heads, which have the angles in common. 10.6 us for the 24 heads of 64 of
+// [8192, 3 * 768] in bf16 on an H200, where reading and writing them takes 11.8 from memory; with one head 12.3.
+constexpr int kN = 8, kHeads = 6;
 template <class T>
 __global__ void rotate_packs(const __grid_constant__ AttentionSize a, Rotation<T> r, unsigned threads) {
   const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, packs = a.rotated / kN;
