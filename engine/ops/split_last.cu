@@ -1,41 +1,371 @@
-// Part i of x is columns [starts[i], starts[i + 1]) of each row; dx has the parts' gradients side by side.
+// Part i of x is its columns [starts[i], starts[i + 1]): as they are, or y = x r w with r = 1 / sqrt(mean(x^2) + eps) over
+// the part. With dy w of the part as g: dx = r (g - x r^2 mean(g x)), dw = sum over rows of dy x r; dx has all parts side
+// by side.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <initializer_list>
+
+#include "engine/allocator.h"
+#include "engine/cpu/parallel.h"
 #include "engine/ops.h"
-#include "engine/ops/columns.h"
+#if WEFT_CUDA
+#include "engine/cuda/vector.h"
+#endif
 
 namespace weft {
+namespace {
 
-std::vector<Tensor> split_last(const Tensor& x, const std::vector<int64_t>& widths) {
-  check(x.rank() >= 1 && !widths.empty(), "split_last cuts the last axis into parts, found {} and {} parts",
-        x.shape().str(), widths.size());
-  const int64_t rows = x.shape().rows(), item = size_of(x.dtype()), pitch = x.size(-1) * item;
-  std::vector<Tensor> parts;
-  int64_t start = 0;
-  for (const int64_t width : widths) {
-    check(width > 0 && start + width <= x.size(-1), "split_last of {} has no columns [{}, {})", x.shape().str(), start,
-          start + width);
-    Shape shape = x.shape();
-    shape.set(-1, width);
-    parts.push_back(Tensor::like(x, shape));
-    on_device(x.device(), [&](auto device) {
-      copy_columns(device, rows, width * item, {static_cast<char*>(parts.back().raw()), width * item},
-                   {static_cast<char*>(x.raw()) + start * item, pitch});
-    });
-    start += width;
+constexpr int kMostParts = 4;
+
+template <class T>
+struct Part {
+  int64_t start, width;
+  double eps;
+  const acc_t<T>* weight;  // [width]; null: as it is
+  T* data;                 // y or dy: [rows, width]; null: zeros, of a gradient that did not come
+};
+template <class T>
+struct Parts {
+  int64_t rows, width;  // of x
+  int count;
+  acc_t<T>* r;  // [rows, count]
+  std::array<Part<T>, kMostParts> part;
+};
+
+// Part i of a row.
+template <class T>
+WEFT_HD void make_part(const Parts<T>& parts, const T* x, int64_t row, int i) {
+  using A = acc_t<T>;
+  const Part<T>& part = parts.part[i];
+  const T* s = x + row * parts.width + part.start;
+  T* y = part.data + row * part.width;
+  A squares = 0, r = 1;
+  if (part.weight) {
+    for (int64_t c = 0; c < part.width; ++c) squares += A(s[c]) * A(s[c]);
+    r = 1 / std::sqrt(squares / A(part.width) + A(part.eps));
+    parts.r[row * parts.count + i] = r;
   }
-  check(start == x.size(-1), "split_last's parts have {} columns together, x {}", start, x.shape().str());
-  return record_joint("split_last", parts, {x},
-                      [widths, rows, item, pitch, shape = x.shape(), dtype = x.dtype(),
+  for (int64_t c = 0; c < part.width; ++c) y[c] = part.weight ? T(A(s[c]) * r * part.weight[c]) : s[c];
+}
+template <class T>
+WEFT_HD void turn_part(const Parts<T>& parts, const T* x, T* dx, int64_t row, int i) {
+  using A = acc_t<T>;
+  const Part<T>& part = parts.part[i];
+  const T *s = x + row * parts.width + part.start, *dy = part.data + row * part.width;
+  T* out = dx + row * parts.width + part.start;
+  if (!part.data || !part.weight) {
+    for (int64_t c = 0; c < part.width; ++c) out[c] = part.data ? dy[c] : T(0.0f);
+    return;
+  }
+  const A r = parts.r[row * parts.count + i];
+  A dot = 0;
+  for (int64_t c = 0; c < part.width; ++c) dot += A(dy[c]) * part.weight[c] * A(s[c]);
+  const A shrink = r * r * dot / A(part.width);
+  for (int64_t c = 0; c < part.width; ++c) out[c] = T(r * (A(dy[c]) * part.weight[c] - A(s[c]) * shrink));
+}
+// The sum over rows that a column of x gives to its part's dw.
+template <class T>
+WEFT_HD acc_t<T> weight_gradient(const Parts<T>& parts, const T* x, int64_t column) {
+  acc_t<T> sum = 0;
+  for (int i = 0; i < parts.count; ++i) {
+    const Part<T>& part = parts.part[i];
+    if (const int64_t c = column - part.start; part.weight && part.data && c >= 0 && c < part.width)
+      for (int64_t row = 0; row < parts.rows; ++row)
+        sum += acc_t<T>(part.data[row * part.width + c]) * acc_t<T>(x[row * parts.width + column]) *
+               parts.r[row * parts.count + i];
+  }
+  return sum;
+}
+
+template <class T>
+void forward(Cpu, const Parts<T>& parts, const T* x) {
+  parallel_for(parts.rows * parts.count, std::max<int64_t>(1, 4096 / (parts.width + 1)),
+               [=](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) make_part(parts, x, i / parts.count, static_cast<int>(i % parts.count));
+  });
+}
+// x and dw [width of x] are null where no part has a weight.
+template <class T>
+void backward(Cpu, const Parts<T>& parts, const T* x, T* dx, acc_t<T>* dw) {
+  parallel_for(parts.rows * parts.count, std::max<int64_t>(1, 4096 / (parts.width + 1)),
+               [=](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) turn_part(parts, x, dx, i / parts.count, static_cast<int>(i % parts.count));
+  });
+  if (dw)
+    parallel_for(parts.width, 16, [=](int64_t from, int64_t to) {
+      for (int64_t c = from; c < to; ++c) dw[c] = weight_gradient(parts, x, c);
+    });
+}
+
+#if WEFT_CUDA
+// Where all parts are whole packs of kN neighbours, a warp holds a row of x in registers, kPacks packs a lane.
+constexpr int kN = 8, kWarps = 8, kBlocks = 4;  // kBlocks: of a multiprocessor, backward
+
+// The part that a lane's pack of a row is of, and where it lies in it.
+struct Spot {
+  int part;  // none: -1
+  int64_t column;
+};
+template <class T>
+__device__ Spot spot_of(const Parts<T>& parts, int64_t column) {
+  int i = 0;
+  while (i < parts.count && column >= parts.part[i].start + parts.part[i].width) ++i;
+  return i < parts.count ? Spot{i, column - parts.part[i].start} : Spot{-1, 0};
+}
+
+template <class T, int kPacks>
+__global__ void __launch_bounds__(kWarps * 32) split_forward(const __grid_constant__ Parts<T> parts, const T* x) {
+  const int64_t row = blockIdx.x * int64_t{kWarps} + threadIdx.x / 32;
+  if (row >= parts.rows) return;
+  const int lane = threadIdx.x % 32;
+  Pack<T, kN> s[kPacks];
+  Spot spot[kPacks];
+  float squares[kPacks] = {};
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int64_t column = (p * 32 + lane) * kN;
+    spot[p] = spot_of(parts, column);
+    if (spot[p].part >= 0) s[p] = load_whole_pack<kN>(x + row * parts.width + column);
+  }
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p)
+    if (spot[p].part >= 0) {
+#pragma unroll
+      for (int j = 0; j < kN; ++j) squares[p] += float(s[p].v[j]) * float(s[p].v[j]);
+    }
+  for (int i = 0; i < parts.count; ++i) {
+    const Part<T>& part = parts.part[i];
+    if (!part.weight) continue;
+    float sum = 0;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) sum += spot[p].part == i ? squares[p] : 0.0f;
+    const float r = rsqrtf(warp_sum(sum) / static_cast<float>(part.width) + static_cast<float>(part.eps));
+    if (lane == 0) parts.r[row * parts.count + i] = r;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+      if (spot[p].part == i) {
+        const auto w = load_whole_pack<kN>(part.weight + spot[p].column);
+#pragma unroll
+        for (int j = 0; j < kN; ++j) s[p].v[j] = T(float(s[p].v[j]) * r * w.v[j]);
+      }
+  }
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p)
+    if (spot[p].part >= 0) {
+      const Part<T>& part = parts.part[spot[p].part];
+      store_whole_pack(part.data + row * part.width + spot[p].column, s[p]);
+    }
+}
+
+// Each warp takes every so-manieth row and keeps its columns' sums of dw; partial [blocks, width] gets a block's.
+template <class T, int kPacks>
+__global__ void __launch_bounds__(kWarps * 32)
+    split_backward(const __grid_constant__ Parts<T> parts, const T* __restrict__ x, T* __restrict__ dx,
+                   float* __restrict__ partial) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Spot spot[kPacks];
+  float dw[kPacks][kN] = {};
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) spot[p] = spot_of(parts, (p * 32 + lane) * kN);
+  for (int64_t row = blockIdx.x * int64_t{kWarps} + warp; row < parts.rows; row += int64_t{gridDim.x} * kWarps) {
+    const int64_t at = row * parts.width + lane * kN;
+    Pack<T, kN> s[kPacks] = {}, dy[kPacks] = {};
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+      if (spot[p].part >= 0) {
+        const Part<T>& part = parts.part[spot[p].part];
+        if (part.data) dy[p] = load_whole_pack<kN>(part.data + row * part.width + spot[p].column);
+        if (part.weight) s[p] = load_whole_pack<kN>(x + at + p * 32 * kN);
+      }
+    for (int i = 0; i < parts.count; ++i) {
+      const Part<T>& part = parts.part[i];
+      if (!part.weight) continue;
+      const float r = parts.r[row * parts.count + i];
+      float dot = 0;
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p)
+        if (spot[p].part == i) {
+          const auto w = load_whole_pack<kN>(part.weight + spot[p].column);
+#pragma unroll
+          for (int j = 0; j < kN; ++j) {
+            const float product = float(dy[p].v[j]) * float(s[p].v[j]);
+            dot += product * w.v[j];
+            dw[p][j] += product * r;
+          }
+        }
+      const float shrink = r * r * warp_sum(dot) / static_cast<float>(part.width);
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p)
+        if (spot[p].part == i) {
+          const auto w = load_whole_pack<kN>(part.weight + spot[p].column);
+#pragma unroll
+          for (int j = 0; j < kN; ++j) dy[p].v[j] = T(r * (float(dy[p].v[j]) * w.v[j] - float(s[p].v[j]) * shrink));
+        }
+    }
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+      if (spot[p].part >= 0) store_whole_pack(dx + at + p * 32 * kN, dy[p]);
+  }
+  if (!partial) return;
+  __shared__ float sums[kWarps][32 * kN];
+  for (int p = 0; p < kPacks; ++p) {
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kN; ++j) sums[warp][lane * kN + j] = dw[p][j];
+    __syncthreads();
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) total += sums[i][threadIdx.x];
+    if (const int64_t column = p * 32 * kN + threadIdx.x; column < parts.width)
+      partial[blockIdx.x * parts.width + column] = total;
+  }
+}
+// One block sums 32 columns of the partial sums.
+__global__ void __launch_bounds__(1024) split_total_w(const float* partial, float* dw, int64_t strips, int64_t width) {
+  __shared__ float sums[32][33];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t column = blockIdx.x * int64_t{32} + lane;
+  float sum = 0;
+  if (column < width) {
+#pragma unroll 8
+    for (int64_t s = warp; s < strips; s += 32) sum += partial[s * width + column];
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  sum = warp_sum(sums[lane][warp]);
+  if (const int64_t c = blockIdx.x * int64_t{32} + warp; lane == 0 && c < width) dw[c] = sum;
+}
+
+// For parts that are no whole packs, or a row that is too wide.
+template <class T>
+__global__ void split_forward_parts(Parts<T> parts, const T* x) {
+  if (const int64_t i = element_index(); i < parts.rows * parts.count)
+    make_part(parts, x, i / parts.count, static_cast<int>(i % parts.count));
+}
+template <class T>
+__global__ void split_backward_parts(Parts<T> parts, const T* x, T* dx) {
+  if (const int64_t i = element_index(); i < parts.rows * parts.count)
+    turn_part(parts, x, dx, i / parts.count, static_cast<int>(i % parts.count));
+}
+template <class T>
+__global__ void split_backward_w(Parts<T> parts, const T* x, float* dw) {
+  if (const int64_t i = element_index(); i < parts.width) dw[i] = weight_gradient(parts, x, i);
+}
+
+// Calls f.template operator()<kPacks>() with packs that hold a row; false where none do.
+template <class T, class F>
+bool with_packs(const Parts<T>& parts, std::initializer_list<const void*> pointers, F&& f) {
+  bool whole = true;
+  const auto check_pointer = [&](const void* p) { whole = whole && reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  for (const void* p : pointers) check_pointer(p);
+  for (int i = 0; i < parts.count; ++i) {
+    const Part<T>& part = parts.part[i];
+    whole = whole && part.width % kN == 0;
+    check_pointer(part.weight), check_pointer(part.data);
+  }
+  if (!whole || parts.width > 8 * 32 * kN) return false;
+  if (parts.width <= 2 * 32 * kN) f.template operator()<2>();
+  else if (parts.width <= 4 * 32 * kN) f.template operator()<4>();
+  else f.template operator()<8>();
+  return true;
+}
+
+template <class T>
+void forward(Cuda, const Parts<T>& parts, const T* x) {
+  const bool done = with_packs(parts, {x}, [&]<int kPacks>() {
+    launch_blocks(split_forward<T, kPacks>, static_cast<unsigned>((parts.rows + kWarps - 1) / kWarps), kWarps * 32, 0,
+                  parts, x);
+  });
+  if (!done) launch_elements(split_forward_parts<T>, parts.rows * parts.count, parts, x);
+}
+template <class T>
+void backward(Cuda, const Parts<T>& parts, const T* x, T* dx, float* dw) {
+  const MemoryScope scope(Category::workspace);
+  const bool done = with_packs(parts, {x, dx}, [&]<int kPacks>() {
+    const int64_t blocks = std::min<int64_t>((parts.rows + kWarps - 1) / kWarps, kBlocks * multiprocessors());
+    Tensor partial;
+    if (dw) partial = Tensor::empty(Shape{blocks, parts.width}, DType::f32, Device::cuda);
+    launch_blocks(split_backward<T, kPacks>, static_cast<unsigned>(blocks), kWarps * 32, 0, parts, x, dx,
+                  partial.data<float>());
+    if (dw)
+      launch_blocks(split_total_w, static_cast<unsigned>((parts.width + 31) / 32), 1024, 0,
+                    static_cast<const float*>(partial.data<float>()), dw, blocks, parts.width);
+  });
+  if (done) return;
+  launch_elements(split_backward_parts<T>, parts.rows * parts.count, parts, x, dx);
+  if (dw) launch_elements(split_backward_w<T>, parts.width, parts, x, dw);
+}
+#endif
+
+// The op's tensors as the kernels take them.
+struct Saved {
+  int64_t rows, width;
+  std::vector<SplitPart> parts;
+  Tensor x, r;  // where a part has a weight
+
+  template <class T>
+  Parts<T> with(const std::vector<Tensor>& data) const {
+    Parts<T> all{rows, width, static_cast<int>(parts.size()), r.data<acc_t<T>>(), {}};
+    int64_t start = 0;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      all.part[i] = {start, parts[i].width, parts[i].eps, parts[i].norm.data<acc_t<T>>(), data[i].data<T>()};
+      start += parts[i].width;
+    }
+    return all;
+  }
+};
+
+}  // namespace
+
+std::vector<Tensor> split_last(const Tensor& x, const std::vector<SplitPart>& parts) {
+  check(x.rank() >= 1 && !parts.empty() && parts.size() <= kMostParts,
+        "split_last cuts the last axis into 1 to {} parts, found {} and {} parts", kMostParts, x.shape().str(),
+        parts.size());
+  const DType sums = x.dtype() == DType::f64 ? DType::f64 : DType::f32;
+  Saved saved{x.shape().rows(), x.size(-1), parts, {}, {}};
+  std::vector<Tensor> inputs{x}, ys;
+  int64_t total = 0;
+  bool normed = false;
+  for (SplitPart& part : saved.parts) {
+    const Tensor& w = part.norm;
+    check(part.width > 0 && (!w || (w.shape() == Shape{part.width} && w.dtype() == sums && w.device() == x.device())),
+          "a part of {} columns of {} on {} has a norm's weight {} {} on {}", part.width, x.shape().str(),
+          name_of(x.device()), name_of(w.dtype()), w.shape().str(), name_of(w.device()));
+    Shape shape = x.shape();
+    shape.set(-1, part.width);
+    ys.push_back(Tensor::like(x, shape));
+    if (w) inputs.push_back(w);
+    normed |= static_cast<bool>(w);
+    part.norm = w.detached();
+    total += part.width;
+  }
+  check(total == x.size(-1), "split_last's parts have {} columns together, x {}", total, x.shape().str());
+  if (normed) {
+    saved.x = x.detached();
+    saved.r = Tensor::empty({saved.rows, static_cast<int64_t>(parts.size())}, sums, x.device());
+  }
+  on_device(x.device(), [&](auto device) {
+    dispatch(device, x.dtype(), [&]<class T>() { forward(device, saved.with<T>(ys), x.data<T>()); });
+  });
+  return record_joint("split_last", ys, inputs,
+                      [saved, sums, shape = x.shape(), dtype = x.dtype(),
                        where = x.device()](std::vector<Tensor> dys) -> Gradients {
     const Tensor dx = Tensor::empty(shape, dtype, where);
-    char* to = static_cast<char*>(dx.raw());
-    for (size_t i = 0; i < widths.size(); ++i) {
-      if (!dys[i]) dys[i] = Tensor::zeros({rows, widths[i]}, dtype, where);
-      on_device(where, [&](auto device) {
-        copy_columns(device, rows, widths[i] * item, {to, pitch}, {static_cast<char*>(dys[i].raw()), widths[i] * item});
+    const Tensor dw = saved.x ? Tensor::empty({saved.width}, sums, where) : Tensor{};
+    on_device(where, [&](auto device) {
+      dispatch(device, dtype, [&]<class T>() {
+        backward(device, saved.with<T>(dys), saved.x.data<T>(), dx.data<T>(), dw.data<acc_t<T>>());
       });
-      to += widths[i] * item;
-    }
-    return {dx};
+    });
+    Gradients gradients{dx};
+    if (!dw) return gradients;
+    std::vector<Shape> widths;
+    for (const SplitPart& part : saved.parts) widths.push_back({part.width});
+    const std::vector<Tensor> dws = dw.cut(widths);
+    for (size_t i = 0; i < dws.size(); ++i)
+      if (saved.parts[i].norm) gradients.push_back(dws[i]);
+    return gradients;
   });
 }
 

@@ -122,7 +122,7 @@ void add_elementwise_cases(std::vector<OpCase>& cases) {
                    },
                    .reduction = 4, .large = {{{16, 512, 12, 128}}, {{16, 512, 1, 64}}}});
   // The parts in another order, and one alone.
-  const auto cut = [](auto& x) { return split_last(x[0], {5, 16, x[0].size(-1) - 21}); };
+  const auto cut = [](auto& x) { return split_last(x[0], {{5}, {16}, {x[0].size(-1) - 21}}); };
   const auto cut_loops = [](auto& x, int64_t from, int64_t to) {
     const float* v = x[0].template data<float>();
     Shape shape = x[0].shape();
@@ -140,6 +140,33 @@ void add_elementwise_cases(std::vector<OpCase>& cases) {
                    }});
   cases.push_back({.name = "split_last_one_part", .sizes = whole, .run = [=](auto& x) { return cut(x)[1]; },
                    .reference = [=](auto& x) { return cut_loops(x, 5, 21); }});
+  // The first and the third part normed; the second size is whole packs, as latent attention has it.
+  const auto normed = [](auto& x) {
+    const int64_t a = x[1].size(0), c = x[2].size(0);
+    return split_last(x[0], {{a, x[1], 1e-6}, {x[0].size(-1) - a - c}, {c, x[2], 1e-2}});
+  };
+  const std::vector<Inputs> weighted = {{{{2, 3, 37}}, wide({10}), wide({21})},
+                                        {{{1, 67, 88}}, wide({40}), wide({32})},
+                                        {{{2, 33, 448}}, wide({128}), wide({256})},
+                                        {{{1, 5, 1088}}, wide({768}), wide({256})}};
+  cases.push_back({.name = "split_last_normed", .sizes = weighted,
+                   .run = [=](auto& x) {
+                     const std::vector<Tensor> y = normed(x);
+                     return concat_last(concat_last(y[1], y[2]), y[0]);
+                   },
+                   .reference = [=](auto& x) {
+                     const int64_t a = x[1].size(0), c = x[2].size(0), w = x[0].size(-1);
+                     return concat_last(concat_last(cut_loops(x, a, w - c),
+                                                    rms_norm(cut_loops(x, w - c, w), x[2].detached(), 1e-2)),
+                                        rms_norm(cut_loops(x, 0, a), x[1].detached(), 1e-6));
+                   },
+                   .reduction = 768, .large = {{{16, 512, 448}}, wide({128}), wide({256})}});
+  cases.push_back({.name = "split_last_normed_part", .sizes = weighted, .run = [=](auto& x) { return normed(x)[2]; },
+                   .reference = [=](auto& x) {
+                     const int64_t w = x[0].size(-1);
+                     return rms_norm(cut_loops(x, w - x[2].size(0), w), x[2].detached(), 1e-2);
+                   },
+                   .reduction = 256});
   cases.push_back({.name = "squared_norm", .sizes = {{constant(small), constant(odd)}},
                    .run = [](auto& x) { return squared_norm({x[0], x[1]}); },
                    .reference = [](auto& x) { return add(sum(mul(x[0], x[0])), sum(mul(x[1], x[1]))); },

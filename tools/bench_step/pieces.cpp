@@ -29,7 +29,7 @@ constexpr Row kRows[] = {
     {"matmul", Of::gradient, "", "projections, backward"},
     {"matmul_joined", Of::forward, "", "projections, forward"},
     {"matmul_joined", Of::gradient, "", "projections, backward"},
-    {"split_last", Of::both, "", "rotary, splits"},
+    {"split_last", Of::both, "", "norms, residual"},
     {"concat_last", Of::both, "", "rotary, splits"},
     {"attention", Of::both, "rotate_", "rotary, splits"},
     {"reshape", Of::both, "", "rotary, splits"},
@@ -164,7 +164,7 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
   };
   attention("attention, forward", 2 * pairs * (key_width + value_width), key_bytes + 2 * value_bytes);
   attention("attention, backward", 2 * pairs * (3 * key_width + 2 * value_width), 2 * key_bytes + 4 * value_bytes);
-  works.avoidable_pass("rotary, splits", layers * 2 * (2 * key_bytes + value_bytes) * 2);
+  works.avoidable_pass("rotary, splits", layers * 2 * key_bytes);  // queries and keys, turned in place
 
   works.pass("routing", layers * 3 * s * n * d);  // x read; x read again and dx written
   // Gather: x read, rows written; dy read, dx written. Combine: the other way round, and y again for the weights.
