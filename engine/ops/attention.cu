@@ -16,7 +16,7 @@
 #include "engine/ops.h"
 #include "engine/ops/attention_kernels.h"
 #if WEFT_CUDA
-#include "engine/cuda/stream.h"
+#include "engine/cuda/vector.h"
 #endif
 
 namespace weft {
@@ -255,16 +255,19 @@ void forward(Cuda, const AttentionSize& a, const Mask& mask, uint32_t* kept, con
   attention_forward_simt(a, tensors);
 }
 
-// delta[b, h, t] = dy_t . y_t: a warp for each row of [B, T, H].
+// delta[b, h, t] = dy_t . y_t: 8 lanes for each row of [B, T, H].
 template <class T>
 __global__ void attention_delta(const T* y, const T* dy, float* delta, int64_t rows, int time, int heads, int width) {
-  const int64_t row = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / 32;
-  if (row >= rows) return;
+  const int64_t row = element_index() / 8;
   float sum = 0;
-  for (int d = threadIdx.x % 32; d < width; d += 32) sum += float(y[row * width + d]) * float(dy[row * width + d]);
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  for (int d = threadIdx.x % 8 * 8; row < rows && d < width; d += 64) {
+    const auto ys = load_pack<8>(y + row * width + d, width - d), dys = load_pack<8>(dy + row * width + d, width - d);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += float(ys.v[j]) * float(dys.v[j]);
+  }
+  for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   const int64_t h = row % heads, t = row / heads % time, b = row / heads / time;
-  if (threadIdx.x % 32 == 0) delta[(b * heads + h) * time + t] = sum;
+  if (threadIdx.x % 8 == 0 && row < rows) delta[(b * heads + h) * time + t] = sum;
 }
 template <class T>
 __global__ void attention_sum_heads(const float* dk_heads, T* dk, int64_t n, int heads, int width) {
@@ -273,13 +276,11 @@ __global__ void attention_sum_heads(const float* dk_heads, T* dk, int64_t n, int
 
 template <class T>
 void backward(Cuda, const AttentionSize& a, const AttentionBackward<T>& tensors) {
-  if constexpr (std::is_same_v<T, bf16>)
-    if (attention_backward_warpgroup(a, tensors)) return;
   const int64_t rows = int64_t{a.batch} * a.time * a.heads;
-  launch_elements(attention_delta<T>, rows * 32, tensors.y, tensors.dy, tensors.delta, rows, a.time, a.heads,
+  launch_elements(attention_delta<T>, rows * 8, tensors.y, tensors.dy, tensors.delta, rows, a.time, a.heads,
                   a.value_width);
   if constexpr (std::is_same_v<T, bf16>)
-    if (attention_backward_mma(a, tensors)) return;
+    if (attention_backward_warpgroup(a, tensors) || attention_backward_mma(a, tensors)) return;
   attention_backward_simt(a, tensors);
 }
 template <class T>

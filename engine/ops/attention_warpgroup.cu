@@ -1,13 +1,16 @@
 // Attention of bf16 on sm_90a (after Shah et al., "FlashAttention-3", 2024): a warpgroup owns 64 rows and walks over
 // tiles of the other side, which are copied to shared memory one ahead. Probabilities never leave registers. Queries
-// are rows in the forward kernel and that of dq; keys are rows in the kernel of dk and dv: so no sum needs atomics.
+// are rows in the forward kernel and that of dq; keys are rows in the kernel of dk and dv: so no sum needs atomics. The
+// latter leaves the gradients of the scores in memory, and dq is a plain product of those and k.
 // Several blocks share a multiprocessor: while one multiplies, another computes exponentials. Widths are padded with
 // zeros to those of the instantiation.
 #if WEFT_CUDA
-#include "engine/cuda/stream.h"
+#include "engine/allocator.h"
+#include "engine/cuda/tensor_copy.h"
 #include "engine/cuda/vector.h"
 #include "engine/cuda/warpgroup_rows.h"
 #include "engine/ops/attention_kernels.h"
+#include "engine/tensor.h"
 
 namespace weft {
 namespace {
@@ -142,12 +145,12 @@ struct Widths {
   static constexpr int key = kDk, value = kDv;
   static constexpr bool wide = kDk + kDv > 128;
   // Rows of the other side that are copied at once, and blocks that share a multiprocessor: the best measured.
-  static constexpr int forward_step = 64, queries_step = wide ? 32 : 64, keys_step = 32;
-  static constexpr int forward_blocks = wide ? 2 : 4, queries_blocks = wide ? 2 : 4, keys_blocks = wide ? 2 : 4;
+  static constexpr int forward_step = 64, keys_step = 32;
+  static constexpr int forward_blocks = wide ? 2 : 4, queries_blocks = wide ? 4 : 6, keys_blocks = wide ? 2 : 4;
   static constexpr size_t forward_bytes = sizeof(bf16) * (kRows * kDk + 2 * forward_step * (kDk + kDv));
-  static constexpr size_t queries_bytes = sizeof(bf16) * (kRows + 2 * queries_step) * (kDk + kDv);
+  static constexpr size_t queries_bytes = sizeof(bf16) * 2 * kRows * (kRows + kDk);
   static constexpr size_t keys_bytes =
-      sizeof(bf16) * (kRows + 2 * keys_step) * (kDk + kDv) + sizeof(float) * 2 * 4 * keys_step;
+      sizeof(bf16) * ((kRows + 2 * keys_step) * (kDk + kDv) + 2 * kRows * kRows) + sizeof(float) * 2 * 4 * keys_step;
 };
 
 template <class W>
@@ -265,123 +268,80 @@ __device__ void element_gradient(float& qk, float& dyv, bool kept, float scale, 
   dyv = fmaf(qk, dyv, -p * delta);
 }
 
-// dq of 64 queries, and delta = dy . y / keep_scale of their rows.
+// ds of 64 keys by 64 queries that see them, as warpgroup_tile's rows along the sums: row = key. A head has those of key
+// tiles in turn, from a key tile's own queries on.
+constexpr int kScores = kRows * kRows;
+WEFT_HD int64_t score_tiles(int time) {
+  const int64_t n = (time + kRows - 1) / kRows;
+  return n * (n + 1) / 2;
+}
+__device__ int64_t score_tile(const AttentionSize& a, int head, int key_tile, int query_tile) {
+  const int n = (a.time + kRows - 1) / kRows;
+  return (head * score_tiles(a.time) + key_tile * n - key_tile * (key_tile + 1) / 2 + query_tile) * kScores;
+}
+
+// dq of 64 queries.
 template <class W>
 __global__ void __launch_bounds__(kThreads, W::queries_blocks) warpgroup_backward_queries(AttentionSize a,
-                                                                                         AttentionBackward<bf16> x) {
+                                                                                         AttentionBackward<bf16> x,
+                                                                                         const bf16* scores) {
   if (kHasWarpgroups) {
-    constexpr int kKeys = W::queries_step;
-    bf16* q = shared_panels;             // [64, Dk]
-    bf16* dy = q + kRows * W::key;       // [64, Dv]
-    bf16* k = dy + kRows * W::value;     // [2, kKeys, Dk]
-    bf16* v = k + 2 * kKeys * W::key;    // [2, kKeys, Dv]
+    bf16* ds = shared_panels;       // [2, 64, 64]
+    bf16* k = ds + 2 * kScores;     // [2, 64, Dk]
     const Place at(a, blockIdx.x);
     const Lane lane;
-    const int t0 = (gridDim.y - 1 - blockIdx.y) * kRows, row = 16 * lane.warp + lane.g;
-    const int tiles = (min(t0 + kRows, a.time) + kKeys - 1) / kKeys;
-    const float scale = static_cast<float>(a.scale) * kLog2e, keep_scale = static_cast<float>(a.keep_scale);
+    const int last = gridDim.y - 1 - blockIdx.y;  // the longest rows first
     const auto copy_keys = [&](int tile) {
-      const int s0 = tile * kKeys, slot = tile % 2;
-      copy_tile<kKeys, W::key>(k + slot * kKeys * W::key, x.k + at.k + s0 * at.k_stride, at.k_stride, a.time - s0,
+      const int slot = tile % 2, s0 = tile * kRows;
+      const bf16* from = scores + score_tile(a, blockIdx.x, tile, last);
+#pragma unroll
+      for (int i = 0; i < kScores; i += kThreads * 8) {
+        const int piece = i + threadIdx.x * 8;
+        copy_16_bytes(ds + slot * kScores + piece, from + piece, true);
+      }
+      copy_tile<kRows, W::key>(k + slot * kRows * W::key, x.k + at.k + s0 * at.k_stride, at.k_stride, a.time - s0,
                                a.key_width, lane);
-      copy_tile<kKeys, W::value>(v + slot * kKeys * W::value, x.v + at.v + s0 * at.v_stride, at.v_stride, a.time - s0,
-                                 a.value_width, lane);
     };
-    copy_tile<kRows, W::key>(q, x.q + at.q + t0 * at.q_stride, at.q_stride, a.time - t0, a.key_width, lane);
-    copy_tile<kRows, W::value>(dy, x.dy + at.y + t0 * at.y_stride, at.y_stride, a.time - t0, a.value_width, lane);
     copy_keys(0);
     close_copies();
-
-    float* deltas = reinterpret_cast<float*>(v + kKeys * W::value);  // in the second slot, which is still empty
-#pragma unroll
-    for (int i = 0; i < kRows / 16; ++i) {
-      const int t = t0 + lane.row + 16 * i;
-      float sum = 0;
-      for (int column = lane.column; t < a.time && column < a.value_width; column += 64) {
-        const int64_t place = at.y + t * at.y_stride + column;
-        const Pack<bf16, 8> left = load_pack<8>(x.y + place, 8), right = load_pack<8>(x.dy + place, 8);
-#pragma unroll
-        for (int d = 0; d < 8; ++d) sum += float(left.v[d]) * float(right.v[d]);
-      }
-#pragma unroll
-      for (int step = 1; step < 8; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-      if (threadIdx.x % 8 == 0) {
-        sum *= 1.0f / keep_scale;
-        deltas[lane.row + 16 * i] = sum;
-        if (t < a.time) x.delta[at.rows + t] = sum;
-      }
-    }
-    __syncthreads();
-    float dq[W::key / 64][8][4] = {}, lse[2], delta[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int t = t0 + row + 8 * half;
-      lse[half] = t < a.time ? x.lse[at.rows + t] * kLog2e : 0.0f;
-      delta[half] = deltas[row + 8 * half];
-    }
-    __syncthreads();
-    for (int tile = 0; tile < tiles; ++tile) {
-      if (tile + 1 < tiles) copy_keys(tile + 1);
+    float dq[W::key / 64][8][4] = {};
+    for (int tile = 0; tile <= last; ++tile) {
+      if (tile < last) copy_keys(tile + 1);
       close_copies();
-      const int s0 = tile * kKeys;
-      const bf16* k_tile = k + tile % 2 * kKeys * W::key;
-      KeptRow kept[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int t = min(t0 + row + 8 * half, a.time - 1);
-#pragma unroll
-        for (int i = 0; i < kKeys / 32; ++i)
-          kept[half].set(i, a.kept ? a.kept[(at.rows + t) * a.kept_words + s0 / 32 + i] : ~0u);
-      }
       wait_copies<1>();
       publish_to_warpgroups();
       __syncthreads();
-      float p[kKeys / 8][4], ds[kKeys / 8][4];
+      const bf16 *ds_tile = ds + tile % 2 * kScores, *k_tile = k + tile % 2 * kRows * W::key;
       open_products();
-      start_products<kKeys, W::key>(p, q, k_tile);
-      start_products<kKeys, W::value>(ds, dy, v + tile % 2 * kKeys * W::value);
-      close_products();
-      wait_products<0>();
-      settle(p);
-      settle(ds);
-      if (s0 + kKeys > t0) {
 #pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j)
+      for (int s = 0; s < kRows; s += 16)
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (s0 + 8 * j + 2 * lane.c + e % 2 > t0 + row + e / 2 * 8) p[j][e] = -INFINITY;
-      }
-#pragma unroll
-      for (int j = 0; j < kKeys / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          element_gradient(p[j][e], ds[j][e], kept[e / 2](j, e % 2), scale, lse[e / 2], delta[e / 2]);
-      Quad weights[kKeys / 16];
-      round_sums(weights, ds);
-      settle_panels(dq);
-      open_products();
-      start_sums<kKeys, W::key>(dq, weights, k_tile);
+        for (int panel = 0; panel < W::key / 64; ++panel)
+          multiply_warpgroup<true, true>(dq[panel], warpgroup_tile(ds_tile + s * 64),
+                                         warpgroup_tile(k_tile + panel * kRows * 64 + s * 64));
       close_products();
       wait_products<0>();
       settle_panels(dq);
       __syncthreads();
     }
     const float factor = static_cast<float>(a.scale * a.keep_scale);
-    store_rows(x.dq + at.q, at.q_stride, t0, a.time, a.key_width, dq, {factor, factor}, shared_panels, lane);
+    store_rows(x.dq + at.q, at.q_stride, last * kRows, a.time, a.key_width, dq, {factor, factor}, shared_panels, lane);
   }
 }
 
-// dk and dv of 64 keys: rows are keys, columns the queries that see them.
+// dk and dv of 64 keys, and ds: rows are keys, columns the queries that see them.
 template <class W>
 __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_keys(AttentionSize a,
-                                                                                   AttentionBackward<bf16> x) {
+                                                                                   AttentionBackward<bf16> x,
+                                                                                   bf16* scores) {
   if (kHasWarpgroups) {
     constexpr int kQueries = W::keys_step;
     bf16* k = shared_panels;                                                    // [64, Dk]
     bf16* v = k + kRows * W::key;                                               // [64, Dv]
     bf16* q = v + kRows * W::value;                                             // [2, kQueries, Dk]
     bf16* dy = q + 2 * kQueries * W::key;                                       // [2, kQueries, Dv]
-    float* lse = reinterpret_cast<float*>(dy + 2 * kQueries * W::value);        // [2, kQueries]
+    bf16* finished = dy + 2 * kQueries * W::value;                              // [2, 64, 64] of ds
+    float* lse = reinterpret_cast<float*>(finished + 2 * kScores);              // [2, kQueries]
     float* delta = lse + 2 * kQueries;                                          // [2, kQueries]
     uint32_t* kept_bits = reinterpret_cast<uint32_t*>(delta + 2 * kQueries);    // [2, 2, kQueries]
     const Place at(a, blockIdx.x);
@@ -389,6 +349,7 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
     const int s0 = blockIdx.y * kRows, row = 16 * lane.warp + lane.g;
     const int tiles = (a.time - s0 + kQueries - 1) / kQueries;
     const float scale = static_cast<float>(a.scale) * kLog2e, keep_scale = static_cast<float>(a.keep_scale);
+    const float less_keep = 1 / keep_scale;
     const auto copy_queries = [&](int tile) {
       const int t0 = s0 + tile * kQueries, slot = tile % 2;
       copy_tile<kQueries, W::key>(q + slot * kQueries * W::key, x.q + at.q + t0 * at.q_stride, at.q_stride,
@@ -409,11 +370,13 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
     copy_queries(0);
     close_copies();
 
+    static_assert(2 * kQueries == kRows);  // two steps make a tile of ds
     float dk[W::key / 64][8][4] = {}, dv[W::value / 64][8][4] = {};
     for (int tile = 0; tile < tiles; ++tile) {
       if (tile + 1 < tiles) copy_queries(tile + 1);
       close_copies();
       wait_copies<1>();
+      if (threadIdx.x == 0) wait_stores<1>();
       publish_to_warpgroups();
       __syncthreads();
       const int t0 = s0 + tile * kQueries, slot = tile % 2;
@@ -438,7 +401,7 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           const int i = slot * kQueries + 8 * j + 2 * lane.c + odd;
-          const float row_lse = lse[i] * kLog2e, row_delta = delta[i];
+          const float row_lse = lse[i] * kLog2e, row_delta = delta[i] * less_keep;
           // Bits 0 and 8 are those of this lane's two keys.
           const uint32_t kept =
               a.kept ? kept_bits[i + (slot + lane.warp / 2) * kQueries] >> (row % 32) : ~0u;
@@ -448,6 +411,14 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
       Quad dropped[kQueries / 16], gradients[kQueries / 16];
       round_sums(dropped, p);
       round_sums(gradients, ds);
+      bf16* const own = finished + tile / 2 % 2 * kScores + (16 * lane.warp + threadIdx.x % 16) * 64;
+#pragma unroll
+      for (int i = 0; i < kQueries / 16; ++i) {
+        const int piece = tile % 2 * kQueries / 8 + 2 * i + threadIdx.x % 32 / 16;
+        const uint32_t(&r)[4] = gradients[i].r;
+        store_quad(own + (piece ^ threadIdx.x % 8) * 8, r[0], r[1], r[2], r[3]);
+      }
+      publish_to_warpgroups();
       settle_panels(dv);
       settle_panels(dk);
       open_products();
@@ -458,7 +429,11 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
       settle_panels(dv);
       settle_panels(dk);
       __syncthreads();
+      if (threadIdx.x == 0 && (tile % 2 == 1 || tile + 1 == tiles))
+        store_bytes(scores + score_tile(a, blockIdx.x, blockIdx.y, blockIdx.y + tile / 2),
+                    finished + tile / 2 % 2 * kScores, kScores * sizeof(bf16));
     }
+    if (threadIdx.x == 0) wait_stores<0>();
     const float factor = static_cast<float>(a.scale * a.keep_scale);
     store_rows(x.dv + at.v, at.v_stride, s0, a.time, a.value_width, dv, {keep_scale, keep_scale}, shared_panels, lane);
     if (!x.dk_heads) {
@@ -516,8 +491,12 @@ bool attention_forward_warpgroup(const AttentionSize& a, const Mask& mask, uint3
 
 bool attention_backward_warpgroup(const AttentionSize& a, const AttentionBackward<bf16>& t) {
   return aligned({t.q, t.k, t.v, t.y, t.dy, t.dq, t.dk, t.dv, t.dk_heads}) && with_widths(a, [&]<class W>() {
-           launch_blocks(warpgroup_backward_queries<W>, grid(a), kThreads, W::queries_bytes, a, t);
-           launch_blocks(warpgroup_backward_keys<W>, grid(a), kThreads, W::keys_bytes, a, t);
+           const int64_t elements = int64_t{a.batch} * a.heads * score_tiles(a.time) * kScores;
+           const MemoryScope scope(Category::workspace);
+           const Tensor scores = Tensor::empty({elements}, DType::bf16, Device::cuda);
+           launch_blocks(warpgroup_backward_keys<W>, grid(a), kThreads, W::keys_bytes, a, t, scores.data<bf16>());
+           launch_blocks(warpgroup_backward_queries<W>, grid(a), kThreads, W::queries_bytes, a, t,
+                         static_cast<const bf16*>(scores.data<bf16>()));
          });
 }
 
