@@ -25,8 +25,8 @@ Tensor dropout(const Tensor& x, double p, RngKey key);
 Tensor reshape(const Tensor& x, const Shape& shape);                    // shares data
 // [a, b] along the last axis: a [.., H, Da], b [.., H or 1, Db] -> [.., H, Da+Db]; a single head of b serves all of a's.
 Tensor concat_last(const Tensor& a, const Tensor& b);
-// The columns of x [.., W] cut into at most 4 parts [.., width], each as it is or as rms_norm gives it, in one pass each
-// way: all parts share one gradient of x.
+// The columns of x [.., W] cut into at most 4 parts [.., width], each as it is or as rms_norm gives it, in one pass
+// each way: all parts share one gradient of x.
 struct SplitPart {
   int64_t width;
   Tensor norm = {};  // weight [width] of a norm, in f32 (f64 for f64); no tensor: none

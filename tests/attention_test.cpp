@@ -18,8 +18,8 @@ struct Sizes {
   int64_t rotated = 0;
   bool side_by_side = false;
   std::string str() const {
-    return fmt::format("B={} T={} H={} Hk={} Dk={} Dv={} R={} {}", batch, time, heads, key_heads, key_width, value_width,
-                       rotated, side_by_side ? "side by side" : "apart");
+    return fmt::format("B={} T={} H={} Hk={} Dk={} Dv={} R={} {}", batch, time, heads, key_heads, key_width,
+                       value_width, rotated, side_by_side ? "side by side" : "apart");
   }
 };
 
@@ -112,7 +112,8 @@ std::vector<double> side_by_side(const std::vector<double>& a, const std::vector
 }
 std::vector<double> part_of(const std::vector<double>& all, int64_t part, int64_t width) {
   std::vector<double> values;
-  for (auto at = all.begin() + part * width; at < all.end(); at += 3 * width) values.insert(values.end(), at, at + width);
+  for (auto at = all.begin() + part * width; at < all.end(); at += 3 * width)
+    values.insert(values.end(), at, at + width);
   return values;
 }
 

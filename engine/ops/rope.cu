@@ -1,6 +1,6 @@
-// Rotary positions of attention's queries and keys (Su et al., 2021), in place: each pair (a, b) = (x[2i], x[2i+1]) of a
-// head's last R columns becomes (a c - b s, a s + b c), with c and s = angles[t, 2i] and angles[t, 2i+1]; a gradient is
-// turned back: the same with -s.
+// Rotary positions of attention's queries and keys (Su et al., 2021), in place: each pair (a, b) = (x[2i], x[2i+1]) of
+// a head's last R columns becomes (a c - b s, a s + b c), with c and s = angles[t, 2i] and angles[t, 2i+1]; a gradient
+// is turned back: the same with -s.
 #include "engine/cpu/parallel.h"
 #include "engine/ops.h"
 #include "engine/ops/attention_kernels.h"
@@ -42,8 +42,8 @@ void rotate(Cpu, const AttentionSize& a, const Rotation<T>& r) {
 }
 
 #if WEFT_CUDA
-// A thread turns the same kN columns of kHeads heads, which have the angles in common. 10.6 us for the 24 heads of 64 of
-// [8192, 3 * 768] in bf16 on an H200, where reading and writing them takes 11.8 from memory; with one head 12.3.
+// A thread turns the same kN columns of kHeads heads, which have the angles in common. 10.6 us for the 24 heads of 64
+// of [8192, 3 * 768] in bf16 on an H200, where reading and writing them takes 11.8 from memory; with one head 12.3.
 constexpr int kN = 8, kHeads = 6;
 template <class T>
 __global__ void rotate_packs(const __grid_constant__ AttentionSize a, Rotation<T> r, unsigned threads) {

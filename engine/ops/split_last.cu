@@ -1,6 +1,6 @@
-// Part i of x is its columns [starts[i], starts[i + 1]): as they are, or y = x r w with r = 1 / sqrt(mean(x^2) + eps) over
-// the part. With dy w of the part as g: dx = r (g - x r^2 mean(g x)), dw = sum over rows of dy x r; dx has all parts side
-// by side.
+// Part i of x is its columns [starts[i], starts[i + 1]): as they are, or y = x r w with r = 1 / sqrt(mean(x^2) + eps)
+// over the part. With dy w of the part as g: dx = r (g - x r^2 mean(g x)), dw = sum over rows of dy x r; dx has all
+// parts side by side.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -99,9 +99,9 @@ void backward(Cpu, const Parts<T>& parts, const T* x, T* dx, acc_t<T>* dw) {
 }
 
 #if WEFT_CUDA
-// Where all parts are whole packs of kN neighbours, a team of lanes holds a row of one part in registers, kPacks packs a
-// lane; blockIdx.y is the part. [8192, 128 + 256 + 64] in bf16 on an H200, the first two normed: 6.3 us and 8.7 back, where
-// a split and two norms took 9.7 and 18.3.
+// Where all parts are whole packs of kN neighbours, a team of lanes holds a row of one part in registers, kPacks packs
+// a lane; blockIdx.y is the part. [8192, 128 + 256 + 64] in bf16 on an H200, the first two normed: 6.3 us and 8.7 back,
+// where a split and two norms took 9.7 and 18.3.
 constexpr int kN = 8, kThreads = 256, kBlocks = 2;  // kBlocks: of a multiprocessor for each part, backward
 
 template <class T>
@@ -237,8 +237,8 @@ __global__ void split_backward_w(Parts<T> parts, const T* x, float* dw) {
   if (const int64_t i = element_index(); i < parts.width) dw[i] = weight_gradient(parts, x, i);
 }
 
-// Calls f.template operator()<kPacks>(rows a block takes at least) with packs that hold a row of every part; false where
-// none do.
+// Calls f.template operator()<kPacks>(rows a block takes at least) with packs that hold a row of every part; false
+// where none do.
 template <class T, class F>
 bool with_packs(const Parts<T>& parts, std::initializer_list<const void*> pointers, F&& f) {
   int64_t bits = parts.width % kN * sizeof(T), widest = 0;

@@ -70,7 +70,8 @@ void add_attention_cases(std::vector<OpCase>& cases) {
                    .reference = [](auto& x) {
                      const int64_t b = x[0].size(0), t = x[0].size(1), heads = x[0].size(2) / 3, d = x[0].size(3);
                      const Shape flat{b, t, 3 * heads * d}, part{b, t, heads, d};
-                     const auto parts = split_last(reshape(x[0].detached(), flat), {{heads * d}, {heads * d}, {heads * d}});
+                     const int64_t third = heads * d;
+                     const auto parts = split_last(reshape(x[0].detached(), flat), {{third}, {third}, {third}});
                      return attention(rotated(reshape(parts[0], part), x[1]), rotated(reshape(parts[1], part), x[1]),
                                       reshape(parts[2], part), {.scale = 0.25});
                    },

@@ -164,7 +164,7 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
   };
   attention("attention, forward", 2 * pairs * (key_width + value_width), key_bytes + 2 * value_bytes);
   attention("attention, backward", 2 * pairs * (3 * key_width + 2 * value_width), 2 * key_bytes + 4 * value_bytes);
-  works.avoidable_pass("rotary, splits", layers * 2 * key_bytes);  // queries and keys, turned in place
+  works.avoidable_pass("rotary, splits", layers * 4 * key_bytes);  // queries and keys, turned in place each way
 
   works.pass("routing", layers * 3 * s * n * d);  // x read; x read again and dx written
   // Gather: x read, rows written; dy read, dx written. Combine: the other way round, and y again for the weights.
