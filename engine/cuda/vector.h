@@ -34,7 +34,10 @@ __device__ inline void store_whole_pack(T* p, const Pack<T, N>& pack) {
   uint4 raw[N * sizeof(T) / 16];
   memcpy(raw, &pack, sizeof pack);
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i) reinterpret_cast<uint4*>(p)[i] = raw[i];
+  for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i)  // what was four bytes each in some kernels
+    asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(reinterpret_cast<uint4*>(p) + i), "r"(raw[i].x), "r"(raw[i].y), "r"(raw[i].z), "r"(raw[i].w)
+                 : "memory");
 }
 
 // p[0..N), of which only the first `left` exist; the others are zero.
@@ -55,6 +58,30 @@ __device__ inline void store_pack(T* p, const Pack<T, N>& pack, int64_t left) {
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (i < left) p[i] = pack.v[i];
+}
+
+// Its values as floats: of two bf16 in a register, a shift and a mask.
+template <class T, int N>
+__device__ inline void widen(const Pack<T, N>& pack, float (&v)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = float(pack.v[i]);
+}
+template <int N>
+__device__ inline void widen(const Pack<bf16, N>& pack, float (&v)[N]) {
+  uint32_t two[N / 2];
+  memcpy(two, &pack, sizeof two);
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    v[2 * i] = __uint_as_float(two[i] << 16);
+    v[2 * i + 1] = __uint_as_float(two[i] & 0xffff0000u);
+  }
+}
+template <class T, int N>
+__device__ inline Pack<T, N> narrow(const float (&v)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) pack.v[i] = T(v[i]);
+  return pack;
 }
 
 // The sum over the warp, in every lane.

@@ -1,5 +1,5 @@
-// gather_rows: y[row] = x[sources[row] / K]; dx[n] = sum_k dy[slots[n, k]], in the order of k. sum_rows is the other way
-// round: each is the other's gradient.
+// gather_rows: y[slots[n, k]] = x[n]; dx[n] = sum_k dy[slots[n, k]], in the order of k. sum_rows is the other way round:
+// each is the other's gradient.
 #include <algorithm>
 
 #include "engine/cpu/parallel.h"
@@ -12,9 +12,10 @@ namespace weft {
 namespace {
 
 template <class T>
-void gather(Cpu, const T* x, const int32_t* sources, T* y, const RoutingSize& s, int64_t d) {
-  parallel_for(s.tokens * s.chosen, std::max<int64_t>(1, 4096 / (d + 1)), [=](int64_t from, int64_t to) {
-    for (int64_t row = from; row < to; ++row) std::copy_n(x + sources[row] / s.chosen * d, d, y + row * d);
+void gather(Cpu, const T* x, const int32_t* slots, T* y, const RoutingSize& s, int64_t d) {
+  parallel_for(s.tokens, std::max<int64_t>(1, 4096 / (d + 1)), [=](int64_t from, int64_t to) {
+    for (int64_t n = from; n < to; ++n)
+      for (int64_t k = 0; k < s.chosen; ++k) std::copy_n(x + n * d, d, y + slots[n * s.chosen + k] * d);
   });
 }
 template <class T>
@@ -30,50 +31,84 @@ void sum_choices(Cpu, const T* dy, const int32_t* slots, T* dx, const RoutingSiz
 }
 
 #if WEFT_CUDA
-// One block per row, of y and of the sums.
-template <class T>
-__global__ void gather_kernel(const T* x, const int32_t* sources, T* y, int64_t chosen, int64_t d) {
-  constexpr int kN = kPack<T>;
-  const int64_t row = blockIdx.x;
-  x += sources[row] / chosen * d;
-  y += row * d;
-  for (int64_t i = threadIdx.x * kN; i < d; i += blockDim.x * kN) store_pack(y + i, load_pack<kN>(x + i, d - i), d - i);
-}
-template <class T>
-__global__ void sum_choices_kernel(const T* dy, const int32_t* slots, T* dx, int64_t chosen, int64_t d) {
-  constexpr int kN = kPack<T>;
-  const int64_t n = blockIdx.x;
-  for (int64_t i = threadIdx.x * kN; i < d; i += blockDim.x * kN) {
-    float sums[kN] = {};
+// A warp has a token, and kEach packs a lane of a row on the way at once. Of [8192, 768] in bf16 and two choices on an
+// H200, from memory (the L2): 11.6 us (8.1) to gather, where a block per row of y took 13.8 (11.6); 11.8 us (6.7) to sum.
+constexpr int kEach = 3;
+
+// E: 16 bytes where rows are whole ones, else an element. `width` counts them.
+template <class E>
+__global__ void gather_kernel(const E* __restrict__ x, const int32_t* __restrict__ slots, E* __restrict__ y,
+                              RoutingSize s, int64_t width) {
+  const int64_t n = element_index() / 32;
+  if (n >= s.tokens) return;
+  for (int64_t i = threadIdx.x % 32; i < width; i += kEach * 32) {
+    E xs[kEach];
+#pragma unroll
+    for (int p = 0; p < kEach; ++p)
+      if (i + p * 32 < width) xs[p] = x[n * width + i + p * 32];
 #pragma unroll 2
-    for (int64_t k = 0; k < chosen; ++k) {
-      const auto dys = load_pack<kN>(dy + slots[n * chosen + k] * d + i, d - i);
+    for (int64_t k = 0; k < s.chosen; ++k) {
+      E* to = y + slots[n * s.chosen + k] * width + i;
 #pragma unroll
-      for (int j = 0; j < kN; ++j) sums[j] += float(dys.v[j]);
+      for (int p = 0; p < kEach; ++p)
+        if (i + p * 32 < width) to[p * 32] = xs[p];
     }
-    Pack<T, kN> dxs;
-#pragma unroll
-    for (int j = 0; j < kN; ++j) dxs.v[j] = T(sums[j]);
-    store_pack(dx + n * d + i, dxs, d - i);
   }
 }
+// kWhole: rows are kEach whole packs of every lane, so many times.
+template <bool kWhole, class T>
+__global__ void sum_choices_kernel(const T* __restrict__ dy, const int32_t* __restrict__ slots, T* __restrict__ dx,
+                                   RoutingSize s, int64_t d) {
+  constexpr int kN = kPack<T>, kPacks = kWhole ? kEach : 1, kStep = 32 * kN;
+  const int64_t n = element_index() / 32;
+  if (n >= s.tokens) return;
+  for (int64_t i = threadIdx.x % 32 * kN; i < d; i += kPacks * kStep) {
+    float sums[kPacks][kN] = {};
+#pragma unroll 2
+    for (int64_t k = 0; k < s.chosen; ++k) {
+      const T* from = dy + slots[n * s.chosen + k] * d + i;
+      Pack<T, kN> dys[kPacks];
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p)
+        dys[p] = kWhole ? load_whole_pack<kN>(from + p * kStep) : load_pack<kN>(from, d - i);
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) {
+        float values[kN];
+        widen(dys[p], values);
+#pragma unroll
+        for (int j = 0; j < kN; ++j) sums[p][j] += values[j];
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      T* to = dx + n * d + i + p * kStep;
+      kWhole ? store_whole_pack(to, narrow<T>(sums[p])) : store_pack(to, narrow<T>(sums[p]), d - i);
+    }
+  }
+}
+bool at_16_bytes(const void* a, const void* b) {
+  return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
+}
 template <class T>
-void gather(Cuda, const T* x, const int32_t* sources, T* y, const RoutingSize& s, int64_t d) {
-  launch_blocks(gather_kernel<T>, static_cast<unsigned>(s.tokens * s.chosen), row_threads<T>(d, 256), 0, x,
-                sources, y, s.chosen, d);
+void gather(Cuda, const T* x, const int32_t* slots, T* y, const RoutingSize& s, int64_t d) {
+  if (at_16_bytes(x, y) && d % kPack<T> == 0)
+    launch_elements(gather_kernel<uint4>, s.tokens * 32, reinterpret_cast<const uint4*>(x), slots,
+                    reinterpret_cast<uint4*>(y), s, d / kPack<T>);
+  else
+    launch_elements(gather_kernel<T>, s.tokens * 32, x, slots, y, s, d);
 }
 template <class T>
 void sum_choices(Cuda, const T* dy, const int32_t* slots, T* dx, const RoutingSize& s, int64_t d) {
-  launch_blocks(sum_choices_kernel<T>, static_cast<unsigned>(s.tokens), row_threads<T>(d, 256), 0, dy, slots, dx,
-                s.chosen, d);
+  const bool whole = at_16_bytes(dy, dx) && d % (kEach * 32 * kPack<T>) == 0;
+  launch_elements(whole ? sum_choices_kernel<true, T> : sum_choices_kernel<false, T>, s.tokens * 32, dy, slots, dx, s, d);
 }
 #endif
 
-Tensor gathered(const Tensor& x, const Tensor& sources, const RoutingSize& s) {
+Tensor gathered(const Tensor& x, const Tensor& slots, const RoutingSize& s) {
   Tensor y = Tensor::like(x, {s.tokens * s.chosen, x.size(1)});
   on_device(x.device(), [&](auto device) {
     dispatch(device, x.dtype(), [&]<class T>() {
-      gather(device, x.data<T>(), sources.data<int32_t>(), y.data<T>(), s, x.size(1));
+      gather(device, x.data<T>(), slots.data<int32_t>(), y.data<T>(), s, x.size(1));
     });
   });
   return y;
@@ -94,7 +129,7 @@ Tensor gather_rows(const Tensor& x, const Routing& r) {
   const RoutingSize s = size_of_routing("gather_rows", x, r);
   check(x.rank() == 2 && x.size(0) == s.tokens && x.size(1) > 0, "gather_rows needs x [{}, D], found {}", s.tokens,
         x.shape().str());
-  return record("gather_rows", gathered(x, r.sources, s), {x},
+  return record("gather_rows", gathered(x, r.slots, s), {x},
                 [slots = r.slots, s](const Tensor& dy) -> Gradients { return {summed(dy, slots, s)}; });
 }
 
@@ -103,7 +138,7 @@ Tensor sum_rows(const Tensor& y, const Routing& r) {
   check(y.rank() == 2 && y.size(0) == s.tokens * s.chosen && y.size(1) > 0, "sum_rows needs y [{}, D], found {}",
         s.tokens * s.chosen, y.shape().str());
   return record("sum_rows", summed(y, r.slots, s), {y},
-                [sources = r.sources, s](const Tensor& dx) -> Gradients { return {gathered(dx, sources, s)}; });
+                [slots = r.slots, s](const Tensor& dx) -> Gradients { return {gathered(dx, slots, s)}; });
 }
 
 }  // namespace weft

@@ -85,185 +85,242 @@ void backward(Cpu, const Before& before, const T* s, const W* w, const A* r, con
 
 #if WEFT_CUDA
 // A row is held in registers by a team of kWarps warps, kPacks packs of kN neighbours a thread: read once, written
-// once. add_rms_norm with dropout of [8192, 768] in bf16 on an H200: 17.0 us, and 25.3 us back.
+// once. add_rms_norm with dropout of [8192, 768] in bf16 on an H200, all from memory: 14.8 us, and 19.4 us back.
 constexpr int kN = 8;
 
 template <int kWarps>
 constexpr int kThreads = kWarps == 1 ? 256 : kWarps * 32;
+// Blocks of a multiprocessor that the registers must do for.
+template <class T, bool kExact>
+constexpr int kForwardBlocks = kExact && sizeof(T) == 2 ? 4 : 1;
+template <class T, bool kExact>
+constexpr int kBackwardBlocks = kExact && sizeof(T) == 2 ? 2 : 1;
 
 template <int kWarps>
 __device__ float team_sum(float v) {
   return kWarps == 1 ? warp_sum(v) : block_sum(v);
 }
 
-// A thread's pack of a row, of which `left` elements exist. kWhole: rows are whole packs at addresses for 16 bytes.
-template <bool kWhole, class T>
-__device__ Pack<T, kN> load_part(const T* from, int64_t left) {
-  if constexpr (!kWhole) return load_pack<kN>(from, left);
-  Pack<T, kN> pack = {};
-  if (left > 0) {
-    uint4 raw[sizeof pack / 16];
+// A thread's packs of a row, of which `left` elements exist. kExact: all do, at addresses for 16 bytes; and as a row is
+// read once, what is in the L2 stays there before it.
+template <bool kExact, int kStep, class T, int kPacks>
+__device__ void load_row(const T* from, int left, Pack<T, kN> (&to)[kPacks]) {
 #pragma unroll
-    for (size_t i = 0; i < sizeof pack / 16; ++i) raw[i] = reinterpret_cast<const uint4*>(from)[i];
-    memcpy(&pack, raw, sizeof pack);
+  for (int p = 0; p < kPacks; ++p) {
+    if constexpr (kExact) {
+      uint4 raw[sizeof to[p] / 16];
+#pragma unroll
+      for (size_t i = 0; i < sizeof to[p] / 16; ++i) raw[i] = __ldcs(reinterpret_cast<const uint4*>(from + p * kStep) + i);
+      memcpy(&to[p], raw, sizeof to[p]);
+    } else {
+      to[p] = load_pack<kN>(from + p * kStep, left - p * kStep);
+    }
   }
-  return pack;
 }
-template <bool kWhole, class T>
-__device__ void store_part(T* to, const Pack<T, kN>& pack, int64_t left) {
-  if constexpr (!kWhole) return store_pack(to, pack, left);
-  if (left <= 0) return;
+template <bool kExact, class T>
+__device__ void store_part(T* to, const Pack<T, kN>& pack, int left) {
+  kExact ? store_whole_pack(to, pack) : store_pack(to, pack, left);
+}
+// The same of what is read again much later.
+template <bool kExact, class T>
+__device__ void store_part_for_later(T* to, const Pack<T, kN>& pack, int left) {
+  if constexpr (!kExact) return store_pack(to, pack, left);
   uint4 raw[sizeof pack / 16];
   memcpy(raw, &pack, sizeof pack);
 #pragma unroll
-  for (size_t i = 0; i < sizeof pack / 16; ++i) reinterpret_cast<uint4*>(to)[i] = raw[i];
+  for (size_t i = 0; i < sizeof pack / 16; ++i) __stcs(reinterpret_cast<uint4*>(to) + i, raw[i]);
+}
+template <bool kExact, class W>
+__device__ void load_weights(const W* w, int left, float (&to)[kN]) {
+  widen(kExact ? load_whole_pack<kN>(w) : load_pack<kN>(w, left), to);
 }
 
-// Which of a thread's elements are kept, the first in bit 0; called while the row is still being loaded.
-template <int kPacks, int kStep, bool kWhole>
-__device__ uint32_t kept_in_row(const Mask& mask, int64_t at) {
-  static_assert(kPacks * kN <= 32);
-  uint32_t kept = 0;
-#pragma unroll
-  for (int p = 0; p < kPacks; ++p) kept |= (kept_bits<kWhole>(mask, at + p * kStep) & 0xffu) << (p * kN);
-  return kept;
+// Which of a pack's elements are kept; `at` is the first one's place.
+struct KeptBits {
+  uint32_t bits;
+  __device__ bool operator[](int j) const { return bits >> j & 1; }
+};
+template <bool kExact>
+__device__ auto draw(const Mask& mask, int64_t at) {
+  if constexpr (kExact)
+    return Kept8(mask, static_cast<uint64_t>(at) / 8);
+  else
+    return KeptBits{kept_bits(mask, at)};
 }
+
+// The rows of x that go into one row: lane k of a warp holds the k-th, read ahead of its use.
+class RowsOf {
+ public:
+  __device__ RowsOf(const Before& before, int64_t row) : before_(before), row_(row) {
+    if (const int lane = threadIdx.x % 32; before.slots && lane < before.chosen)
+      held_ = before.slots[row * before.chosen + lane];
+  }
+  __device__ int64_t operator[](int64_t k) const {
+    if (!before_.slots) return row_;
+    return k < 32 ? __shfl_sync(~0u, held_, static_cast<int>(k)) : before_.row_of(row_, k);
+  }
+
+ private:
+  const Before& before_;
+  int64_t row_;
+  int held_ = 0;
+};
 
 // kOfRows: x is the sum of several rows.
-template <class T, class W, int kPacks, int kWarps, bool kWhole, bool kOfRows>
-__global__ void __launch_bounds__(kThreads<kWarps>)
+template <class T, class W, int kPacks, int kWarps, bool kExact, bool kOfRows>
+__global__ void __launch_bounds__(kThreads<kWarps>, kForwardBlocks<T, kExact>)
     norm_forward(Before before, float keep_scale, const T* __restrict__ residual, const T* __restrict__ x,
                  const W* __restrict__ w, T* __restrict__ sum, T* __restrict__ y, float* r, Size size, float eps) {
   constexpr int kLanes = kWarps * 32, kStep = kLanes * kN;  // from a thread's pack to its next
+  const int64_t d = kExact ? kPacks * kStep : size.d;
   const int64_t row = blockIdx.x * int64_t{kThreads<kWarps> / kLanes} + threadIdx.x / kLanes;
   if (row >= size.rows) return;
-  const int lane = threadIdx.x % kLanes, column = lane * kN;
-  const int64_t at = row * size.d + column, left = size.d - column;
+  const int lane = threadIdx.x % kLanes, column = lane * kN, left = static_cast<int>(d) - column;
+  const int64_t at = row * d + column;
   Pack<T, kN> s[kPacks];
-  if (!kOfRows) {
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) s[p] = load_part<kWhole>(x + at + p * kStep, left - p * kStep);
-  }
+  float v[kPacks][kN];
+  if (!kOfRows) load_row<kExact, kStep>(x + at, left, s);
   if (sum) {
-    Pack<T, kN> old[kPacks] = {};
-    if (residual) {
+    Pack<T, kN> old[kPacks], other[kPacks];
+    const RowsOf rows(before, row);
+    if (residual) load_row<kExact, kStep>(residual + at, left, old);
+    if (kOfRows) load_row<kExact, kStep>(x + rows[0] * d + column, left, s);
+    if (kOfRows && before.chosen > 1) load_row<kExact, kStep>(x + rows[1] * d + column, left, other);
 #pragma unroll
-      for (int p = 0; p < kPacks; ++p) old[p] = load_part<kWhole>(residual + at + p * kStep, left - p * kStep);
+    for (int p = 0; p < kPacks; ++p) widen(s[p], v[p]);
+    const auto add = [&](const Pack<T, kN>(&row)[kPacks]) {
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) {
+        float values[kN];
+        widen(row[p], values);
+#pragma unroll
+        for (int j = 0; j < kN; ++j) v[p][j] += values[j];
+      }
+    };
+    if (kOfRows && before.chosen > 1) add(other);
+#pragma unroll 1
+    for (int64_t k = 2; kOfRows && k < before.chosen; ++k) {
+      load_row<kExact, kStep>(x + rows[k] * d + column, left, other);
+      add(other);
     }
-    before.mask.key = before.mask.key.at_step();
-    const uint32_t kept = before.p > 0 ? kept_in_row<kPacks, kStep, kWhole>(before.mask, at) : 0;
-    float v[kPacks][kN] = {};
-    for (int64_t k = 0; kOfRows && k < before.chosen; ++k) {
-      const T* from = x + before.row_of(row, k) * size.d + column;
+    if (before.p > 0) {
+      before.mask.key = before.mask.key.at_step();
 #pragma unroll
-      for (int p = 0; p < kPacks; ++p) s[p] = load_part<kWhole>(from + p * kStep, left - p * kStep);
+      for (int p = 0; p < kPacks; ++p) {
+        const auto kept = draw<kExact>(before.mask, at + p * kStep);
 #pragma unroll
-      for (int p = 0; p < kPacks; ++p)
-#pragma unroll
-        for (int j = 0; j < kN; ++j) v[p][j] += float(s[p].v[j]);
+        for (int j = 0; j < kN; ++j) v[p][j] = kept[j] ? v[p][j] * keep_scale : 0.0f;
+      }
     }
+    if (residual) add(old);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-#pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        const float whole = kOfRows ? v[p][j] : float(s[p].v[j]);
-        const float dropped = before.p == 0 ? whole : kept >> (p * kN + j) & 1 ? whole * keep_scale : 0.0f;
-        s[p].v[j] = T(float(old[p].v[j]) + dropped);
-      }
-      store_part<kWhole>(sum + at + p * kStep, s[p], left - p * kStep);
+      s[p] = narrow<T>(v[p]);
+      store_part_for_later<kExact>(sum + at + p * kStep, s[p], left - p * kStep);
     }
   }
   float squares = 0;
 #pragma unroll
-  for (int p = 0; p < kPacks; ++p)
+  for (int p = 0; p < kPacks; ++p) {
+    widen(s[p], v[p]);
 #pragma unroll
-    for (int j = 0; j < kN; ++j) squares += float(s[p].v[j]) * float(s[p].v[j]);
-  const float rr = rsqrtf(team_sum<kWarps>(squares) / size.d + eps);
+    for (int j = 0; j < kN; ++j) squares += v[p][j] * v[p][j];
+  }
+  const float rr = rsqrtf(team_sum<kWarps>(squares) * (1.0f / d) + eps);
   if (lane == 0) r[row] = rr;
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
-    const auto ws = load_part<kWhole>(w + column + p * kStep, left - p * kStep);
+    float ws[kN];
+    load_weights<kExact>(w + column + p * kStep, left - p * kStep, ws);
 #pragma unroll
-    for (int j = 0; j < kN; ++j) s[p].v[j] = T(float(s[p].v[j]) * rr * float(ws.v[j]));
-    store_part<kWhole>(y + at + p * kStep, s[p], left - p * kStep);
+    for (int j = 0; j < kN; ++j) v[p][j] = v[p][j] * rr * ws[j];
+    store_part<kExact>(y + at + p * kStep, narrow<T>(v[p]), left - p * kStep);
   }
 }
 
 // Each team takes every so-manieth row and keeps its columns' sums of dw; partial [blocks, d] gets a block's.
-template <class T, class W, int kPacks, int kWarps, bool kWhole>
-__global__ void __launch_bounds__(kThreads<kWarps>)
+template <class T, class W, int kPacks, int kWarps, bool kExact>
+__global__ void __launch_bounds__(kThreads<kWarps>, kBackwardBlocks<T, kExact>)
     norm_backward(Before before, float keep_scale, const T* __restrict__ s, const W* __restrict__ w,
                   const float* __restrict__ r, const T* dsum, const T* __restrict__ dy, T* dresidual,
                   T* __restrict__ dx, float* __restrict__ partial, Size size) {
   constexpr int kLanes = kWarps * 32, kStep = kLanes * kN, kTeams = kThreads<kWarps> / kLanes;
-  const int lane = threadIdx.x % kLanes, column = lane * kN;
-  const int64_t left = size.d - column;
+  const int64_t d = kExact ? kPacks * kStep : size.d;
+  const int lane = threadIdx.x % kLanes, column = lane * kN, left = static_cast<int>(d) - column;
   before.mask.key = before.mask.key.at_step();
   const bool drops = dx && before.p > 0;
   float dw[kPacks][kN] = {};
   for (int64_t row = blockIdx.x * int64_t{kTeams} + threadIdx.x / kLanes; row < size.rows;
        row += int64_t{gridDim.x} * kTeams) {
-    const int64_t at = row * size.d + column;
-    Pack<T, kN> ss[kPacks], dys[kPacks], out[kPacks] = {};
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      ss[p] = load_part<kWhole>(s + at + p * kStep, left - p * kStep);
-      dys[p] = load_part<kWhole>(dy + at + p * kStep, left - p * kStep);
-    }
-    if (dsum) {
-#pragma unroll
-      for (int p = 0; p < kPacks; ++p) out[p] = load_part<kWhole>(dsum + at + p * kStep, left - p * kStep);
-    }
+    const int64_t at = row * d + column;
+    Pack<T, kN> ss[kPacks], dys[kPacks], dsums[kPacks] = {};
+    load_row<kExact, kStep>(s + at, left, ss);
+    load_row<kExact, kStep>(dy + at, left, dys);
+    if (dsum) load_row<kExact, kStep>(dsum + at, left, dsums);
     const float rr = r[row];
-    const uint32_t kept = drops ? kept_in_row<kPacks, kStep, kWhole>(before.mask, at) : 0;
-    float dot = 0;
+    const RowsOf rows(before, row);
+    decltype(draw<kExact>(before.mask, at)) kept[kPacks];
+    if (drops) {
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) kept[p] = draw<kExact>(before.mask, at + p * kStep);  // while the row is loaded
+    }
+    float out[kPacks][kN], dot = 0;
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const auto ws = load_part<kWhole>(w + column + p * kStep, left - p * kStep);
+      float ws[kN], sv[kN], dyv[kN];
+      load_weights<kExact>(w + column + p * kStep, left - p * kStep, ws);
+      widen(ss[p], sv);
+      widen(dys[p], dyv);
+      widen(dsums[p], out[p]);
 #pragma unroll
       for (int j = 0; j < kN; ++j) {
-        const float product = float(dys[p].v[j]) * float(ss[p].v[j]);
-        dot += product * float(ws.v[j]);
-        dw[p][j] += product * rr;
+        const float g = dyv[j] * rr, product = g * sv[j];
+        dot += product * ws[j];
+        dw[p][j] += product;
+        out[p][j] += g * ws[j];
       }
     }
-    const float shrink = rr * rr * team_sum<kWarps>(dot) / size.d;
+    const float shrink = rr * rr * team_sum<kWarps>(dot) * (1.0f / d);
+    Pack<T, kN> dropped[kPacks];
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const auto ws = load_part<kWhole>(w + column + p * kStep, left - p * kStep);
-      Pack<T, kN> dropped;
+      float sv[kN];
+      widen(ss[p], sv);
 #pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        const float g = float(out[p].v[j]) +
-                        rr * (float(dys[p].v[j]) * float(ws.v[j]) - float(ss[p].v[j]) * shrink);
-        out[p].v[j] = T(g);
-        dropped.v[j] = T(!drops ? g : kept >> (p * kN + j) & 1 ? g * keep_scale : 0.0f);
+      for (int j = 0; j < kN; ++j) out[p][j] -= sv[j] * shrink;
+      if (dresidual) store_part_for_later<kExact>(dresidual + at + p * kStep, narrow<T>(out[p]), left - p * kStep);
+      if (drops) {
+#pragma unroll
+        for (int j = 0; j < kN; ++j) out[p][j] = kept[p][j] ? out[p][j] * keep_scale : 0.0f;
       }
-      if (dresidual) store_part<kWhole>(dresidual + at + p * kStep, out[p], left - p * kStep);
-      for (int64_t k = 0; dx && k < before.chosen; ++k)
-        store_part<kWhole>(dx + before.row_of(row, k) * size.d + column + p * kStep, dropped, left - p * kStep);
+      dropped[p] = narrow<T>(out[p]);
+    }
+#pragma unroll 1
+    for (int64_t k = 0; dx && k < before.chosen; ++k) {
+      T* to = dx + rows[k] * d + column;
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) store_part<kExact>(to + p * kStep, dropped[p], left - p * kStep);
     }
   }
   if (!partial) return;
-  __shared__ float sums[kTeams == 1 ? 1 : kTeams][kN][32];
+  if constexpr (kTeams == 1) {
 #pragma unroll
-  for (int p = 0; p < kPacks; ++p) {
-    if constexpr (kTeams == 1) {
+    for (int p = 0; p < kPacks; ++p)
 #pragma unroll
       for (int j = 0; j < kN; ++j)
-        if (p * kStep + j < left) partial[blockIdx.x * size.d + column + p * kStep + j] = dw[p][j];
-    } else {
-      __syncthreads();
+        if (p * kStep + j < left) partial[blockIdx.x * d + column + p * kStep + j] = dw[p][j];
+  } else {
+    __shared__ float sums[kTeams][kPacks][kN][32 + 4];  // 4 more: neighbours, which are 8 rows apart, differ in bank
 #pragma unroll
-      for (int j = 0; j < kN; ++j) sums[threadIdx.x / 32][j][lane] = dw[p][j];
-      __syncthreads();
-      const int i = threadIdx.x / kN, j = threadIdx.x % kN, c = p * kStep + threadIdx.x;
-      if (threadIdx.x < 32 * kN && c < size.d) {
-        float total = 0;
+    for (int p = 0; p < kPacks; ++p)
 #pragma unroll
-        for (int team = 0; team < kTeams; ++team) total += sums[team][j][i];
-        partial[blockIdx.x * size.d + c] = total;
-      }
+      for (int j = 0; j < kN; ++j) sums[threadIdx.x / 32][p][j][lane] = dw[p][j];
+    __syncthreads();
+    for (int c = threadIdx.x; c < d; c += kThreads<kWarps>) {
+      float total = 0;
+#pragma unroll
+      for (int team = 0; team < kTeams; ++team) total += sums[team][c / kStep][c % kN][c % kStep / kN];
+      partial[blockIdx.x * d + c] = total;
     }
   }
 }
@@ -289,29 +346,26 @@ __global__ void __launch_bounds__(kTotalWarps * 32)
   }
 }
 
-// Calls f.template operator()<kPacks, kWarps, kWhole>() with the smallest team that holds a row.
+// Calls f.template operator()<kPacks, kWarps, kExact>() with the smallest team that holds a row.
 template <class F>
 void dispatch_width(int64_t d, const std::vector<const void*>& pointers, F&& f) {
   constexpr int64_t kMost = 32 * 32 * 4 * kN;
   check(d <= kMost, "on a GPU rms_norm takes rows of at most {}, found {}", kMost, d);
-  const bool whole = d % kN == 0 && std::all_of(pointers.begin(), pointers.end(), [](const void* p) {
-                       return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-                     });
-  if (!whole && d <= 32 * 4 * kN) f.template operator()<4, 1, false>();
-  else if (!whole) f.template operator()<4, 32, false>();
-  else if (d <= 32 * kN) f.template operator()<1, 1, true>();
-  else if (d <= 32 * 3 * kN) f.template operator()<3, 1, true>();
-  else if (d <= 32 * 4 * kN) f.template operator()<4, 1, true>();
-  else f.template operator()<4, 32, true>();
+  const bool whole = std::all_of(pointers.begin(), pointers.end(),
+                                 [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
+  if (whole && d == 32 * kN) f.template operator()<1, 1, true>();
+  else if (whole && d == 32 * 3 * kN) f.template operator()<3, 1, true>();
+  else if (d <= 32 * 4 * kN) f.template operator()<4, 1, false>();
+  else f.template operator()<4, 32, false>();
 }
 
 template <class T, class W>
 void forward(Cuda, const Before& before, const T* residual, const T* x, const W* w, T* sum, T* y, float* r, Size size,
              double eps) {
-  dispatch_width(size.d, {residual, x, w, sum, y}, [&]<int kPacks, int kWarps, bool kWhole>() {
+  dispatch_width(size.d, {residual, x, w, sum, y}, [&]<int kPacks, int kWarps, bool kExact>() {
     constexpr int kTeams = kThreads<kWarps> / 32 / kWarps;
-    const auto kernel = before.slots ? norm_forward<T, W, kPacks, kWarps, kWhole, true>
-                                     : norm_forward<T, W, kPacks, kWarps, kWhole, false>;
+    const auto kernel = before.slots ? norm_forward<T, W, kPacks, kWarps, kExact, true>
+                                     : norm_forward<T, W, kPacks, kWarps, kExact, false>;
     launch_blocks(kernel, static_cast<unsigned>((size.rows + kTeams - 1) / kTeams), kThreads<kWarps>, 0, before,
                   static_cast<float>(before.mask.scale()), residual, x, w, sum, y, r, size, static_cast<float>(eps));
   });
@@ -320,12 +374,12 @@ template <class T, class W>
 void backward(Cuda, const Before& before, const T* s, const W* w, const float* r, const T* dsum, const T* dy,
               T* dresidual, T* dx, W* dw, Size size) {
   const MemoryScope scope(Category::workspace);
-  dispatch_width(size.d, {s, w, dsum, dy, dresidual, dx}, [&]<int kPacks, int kWarps, bool kWhole>() {
+  dispatch_width(size.d, {s, w, dsum, dy, dresidual, dx}, [&]<int kPacks, int kWarps, bool kExact>() {
     constexpr int kTeams = kThreads<kWarps> / 32 / kWarps;
     const int64_t blocks = std::min<int64_t>((size.rows + kTeams - 1) / kTeams, 2 * multiprocessors());
     Tensor partial;
     if (dw) partial = Tensor::empty({blocks, size.d}, DType::f32, Device::cuda);
-    launch_blocks(norm_backward<T, W, kPacks, kWarps, kWhole>, static_cast<unsigned>(blocks), kThreads<kWarps>, 0,
+    launch_blocks(norm_backward<T, W, kPacks, kWarps, kExact>, static_cast<unsigned>(blocks), kThreads<kWarps>, 0,
                   before, static_cast<float>(before.mask.scale()), s, w, r, dsum, dy, dresidual, dx,
                   partial.data<float>(), size);
     if (dw)
