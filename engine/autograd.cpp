@@ -151,6 +151,10 @@ void backward(const Tensor& loss) {
   fill(one, 1.0);
   accumulate(*loss.node(), one);
   for (std::shared_ptr<Node>& node : nodes) {
+    if (node->owed.sum) {
+      accumulate(*node, std::exchange(node->owed, {}).sum());
+      queued(node->op, node->shape, Work::sum);
+    }
     if (!node->leaf && node->grad) {
       check(static_cast<bool>(node->gradient), "the graph of {} was walked twice", node->op);
       const MemoryScope scope(Category::activation, node->layer);

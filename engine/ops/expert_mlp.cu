@@ -219,8 +219,8 @@ Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const T
   }
   return record(
       "expert_mlp", y, {x, up, down, weights},
-      [gathered, up = up.detached(), down = down.detached(), weights = weights.detached(), h, r, p,
-       key](const Tensor& dy) -> Gradients {
+      [gathered, up = up.detached(), down = down.detached(), weights = weights.detached(), h, r, p, key,
+       x_node = x.node()](const Tensor& dy) -> Gradients {
         const Tensor dup = Tensor::like(up), ddown = Tensor::like(down), dweights = Tensor::like(weights);
         const Tensor dh = h.sole_owner() ? h : Tensor::like(h);
         {
@@ -235,7 +235,12 @@ Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const T
         multiply_grouped(GroupedProduct::weight_gradient, dh, gathered, dup, r.offsets);
         const Tensor dgathered = gathered.sole_owner() ? gathered : Tensor::like(gathered);
         multiply_grouped(GroupedProduct::input_gradient, dh, up, dgathered, r.offsets);
-        return {sum_rows(dgathered, r), dup, ddown, dweights};
+        Tensor dx;
+        if (x_node && !x_node->grad && !x_node->owed.sum)  // the router's gradient adds it up along with its own
+          x_node->owed = {dgathered, r.slots, [dgathered, r] { return sum_rows(dgathered, r); }};
+        else if (x_node)
+          dx = sum_rows(dgathered, r);
+        return {dx, dup, ddown, dweights};
       });
 }
 

@@ -3,6 +3,7 @@
 // the dW of 8 experts of width 768 over 8192 rows.
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "engine/allocator.h"
@@ -18,6 +19,13 @@ namespace {
 
 struct Sizes {
   int64_t rows, width, experts;
+};
+// What dx is added to: the sum of `chosen` rows, those of a token's slots; none: nothing.
+template <class T>
+struct Owed {
+  const T* rows = nullptr;
+  const int32_t* slots = nullptr;
+  int64_t chosen = 0;
 };
 struct Noise {
   double std;  // 0: none
@@ -41,13 +49,15 @@ void forward(Cpu, const T* x, const A* w, A* logits, Noise noise, Sizes s) {
       }
   });
 }
-// `so_far` is null, or dx itself where the gradient is added to what is there.
 template <class T, class A = acc_t<T>>
-void backward_x(Cpu, const A* dlogits, const A* w, const T* so_far, T* dx, Sizes s) {
+void backward_x(Cpu, const A* dlogits, const A* w, const Owed<T>& owed, T* dx, Sizes s) {
   parallel_for(s.rows, 16, [=](int64_t from, int64_t to) {
     std::vector<A> sums(static_cast<size_t>(s.width));
     for (int64_t row = from; row < to; ++row) {
-      for (int64_t i = 0; i < s.width; ++i) sums[static_cast<size_t>(i)] = so_far ? A(so_far[row * s.width + i]) : A(0);
+      std::fill(sums.begin(), sums.end(), A(0));
+      for (int64_t k = 0; k < owed.chosen; ++k)
+        for (int64_t i = 0; i < s.width; ++i)
+          sums[static_cast<size_t>(i)] += A(owed.rows[owed.slots[row * owed.chosen + k] * s.width + i]);
       for (int64_t e = 0; e < s.experts; ++e)
         for (int64_t i = 0; i < s.width; ++i)
           sums[static_cast<size_t>(i)] += dlogits[row * s.experts + e] * w[e * s.width + i];
@@ -168,26 +178,36 @@ __global__ void __launch_bounds__(kWarps * 32, 2) router_forward_mma(const bf16*
   }
 }
 
-// A thread makes one pack of columns of kEach rows of dx.
-template <class T, int kEach>
-__global__ void __launch_bounds__(kWarps * 32) router_backward_x(const float* dlogits, const float* w, const T* so_far,
-                                                                 T* dx, Sizes s) {
+// A thread makes one pack of columns of kEach rows of dx. kWhole: its packs are whole, at addresses for 16 bytes.
+template <class T, int kEach, bool kWhole>
+__global__ void __launch_bounds__(kWarps * 32, kWhole ? 3 : 1)
+    router_backward_x(const float* __restrict__ dlogits, const float* __restrict__ w, Owed<T> owed, T* dx, Sizes s) {
   constexpr int kN = kPack<T>, kTile = kEach * kWarps;
   __shared__ alignas(16) float tile[kExperts][kTile];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t column = (blockIdx.y * int64_t{32} + lane) * kN;
   const int64_t top = blockIdx.x * int64_t{kTile}, first = top + warp * kEach;
-  const auto left = [&](int r) { return first + r < s.rows ? s.width - column : 0; };
-  Pack<T, kN> before[kEach] = {};
-  if (so_far) {
+  const auto load = [&](const auto* row) {
+    if constexpr (kWhole)
+      return load_whole_pack<kN>(row + column);
+    else
+      return load_pack<kN>(row + column, s.width - column);
+  };
+  float sum[kEach][kN] = {};
+#pragma unroll 2
+  for (int64_t k = 0; k < owed.chosen; ++k) {
+    Pack<T, kN> rows[kEach];
 #pragma unroll
-    for (int r = 0; r < kEach; ++r) before[r] = load_pack<kN>(so_far + (first + r) * s.width + column, left(r));
+    for (int r = 0; r < kEach; ++r)
+      rows[r] = load(owed.rows + owed.slots[min(first + r, s.rows - 1) * owed.chosen + k] * s.width);
+#pragma unroll
+    for (int r = 0; r < kEach; ++r) {
+      float values[kN];
+      widen(rows[r], values);
+#pragma unroll
+      for (int j = 0; j < kN; ++j) sum[r][j] += values[j];
+    }
   }
-  float sum[kEach][kN];
-#pragma unroll
-  for (int r = 0; r < kEach; ++r)
-#pragma unroll
-    for (int j = 0; j < kN; ++j) sum[r][j] = float(before[r].v[j]);
   for (int64_t expert = 0; expert < s.experts; expert += kExperts) {
     __syncthreads();
     for (int i = threadIdx.x; i < kTile * kExperts; i += blockDim.x) {
@@ -197,8 +217,8 @@ __global__ void __launch_bounds__(kWarps * 32) router_backward_x(const float* dl
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < kExperts; ++e) {
-      const auto ws = load_pack<kN>(w + min(expert + e, s.experts - 1) * s.width + column, s.width - column);
-      const auto ds = load_pack<kEach>(&tile[e][warp * kEach], kEach);
+      const auto ws = load(w + min(expert + e, s.experts - 1) * s.width);
+      const auto ds = load_whole_pack<kEach>(&tile[e][warp * kEach]);
 #pragma unroll
       for (int r = 0; r < kEach; ++r)
 #pragma unroll
@@ -207,18 +227,18 @@ __global__ void __launch_bounds__(kWarps * 32) router_backward_x(const float* dl
   }
 #pragma unroll
   for (int r = 0; r < kEach; ++r) {
-    Pack<T, kN> out;
-#pragma unroll
-    for (int j = 0; j < kN; ++j) out.v[j] = T(sum[r][j]);
-    store_pack(dx + (first + r) * s.width + column, out, left(r));
+    if (first + r >= s.rows) break;
+    T* to = dx + (first + r) * s.width + column;
+    kWhole ? store_whole_pack(to, narrow<T>(sum[r])) : store_pack(to, narrow<T>(sum[r]), s.width - column);
   }
 }
 
 // Block (p, c, g): over strip p of rows, the sums of 32 packs of columns for kExperts experts, a warp to every
 // kWarps-th row; partial [strips, E, D].
-template <class T, int kEach>
-__global__ void __launch_bounds__(kWarps * 32, kEach > 4 ? 1 : 2)
-    router_partial_w(const float* dlogits, const T* x, float* partial, Sizes s, int64_t strip) {
+template <class T, int kEach, bool kWhole>
+__global__ void __launch_bounds__(kWarps * 32, kWhole ? 2 : 1)
+    router_partial_w(const float* __restrict__ dlogits, const T* __restrict__ x, float* __restrict__ partial, Sizes s,
+                     int64_t strip) {
   constexpr int kN = kPack<T>, kTile = kEach * kWarps, kHalf = kExperts / 2;
   __shared__ alignas(16) float tile[kTile][kExperts], sums[kWarps][kHalf][32 * kN];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -230,7 +250,8 @@ __global__ void __launch_bounds__(kWarps * 32, kEach > 4 ? 1 : 2)
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       const int64_t row = begin + warp + k * kWarps;
-      xs[k] = load_pack<kN>(x + row * s.width + column, row < end ? s.width - column : 0);
+      xs[k] = kWhole ? load_whole_pack<kN>(x + min(row, end - 1) * s.width + column)
+                     : load_pack<kN>(x + row * s.width + column, row < end ? s.width - column : 0);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kTile * kExperts; i += blockDim.x) {
@@ -240,20 +261,20 @@ __global__ void __launch_bounds__(kWarps * 32, kEach > 4 ? 1 : 2)
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      const auto ds = load_pack<kExperts>(tile[warp + k * kWarps], kExperts);
+      const auto ds = load_whole_pack<kExperts>(tile[warp + k * kWarps]);
+      float values[kN];
+      widen(xs[k], values);
 #pragma unroll
-      for (int j = 0; j < kN; ++j) {
-        const float v = float(xs[k].v[j]);
+      for (int j = 0; j < kN; ++j)
 #pragma unroll
-        for (int e = 0; e < kExperts; ++e) sum[e].v[j] += ds.v[e] * v;
-      }
+        for (int e = 0; e < kExperts; ++e) sum[e].v[j] += ds.v[e] * values[j];
     }
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     __syncthreads();
 #pragma unroll
-    for (int e = 0; e < kHalf; ++e) store_pack(&sums[warp][e][lane * kN], sum[half * kHalf + e], kN);
+    for (int e = 0; e < kHalf; ++e) store_whole_pack(&sums[warp][e][lane * kN], sum[half * kHalf + e]);
     __syncthreads();
     for (int i = threadIdx.x; i < kHalf * 32 * kN; i += blockDim.x) {
       const int64_t e = expert + half * kHalf + i / (32 * kN), to = left_column + i % (32 * kN);
@@ -297,10 +318,14 @@ void forward(Cuda, const T* x, const float* w, float* logits, Noise noise, Sizes
   launch_blocks(router_forward<T>, blocks_of(s.rows, kWarps * kRows), kWarps * 32, 0, x, w, logits, noise, s);
 }
 template <class T>
-void backward_x(Cuda, const float* dlogits, const float* w, const T* so_far, T* dx, Sizes s) {
+void backward_x(Cuda, const float* dlogits, const float* w, const Owed<T>& owed, T* dx, Sizes s) {
   constexpr int kEach = 4;
-  launch_blocks(router_backward_x<T, kEach>, dim3(blocks_of(s.rows, kEach * kWarps), blocks_of(s.width, 32 * kPack<T>)),
-                kWarps * 32, 0, dlogits, w, so_far, dx, s);
+  const auto odd = (reinterpret_cast<uintptr_t>(w) | reinterpret_cast<uintptr_t>(owed.rows) |
+                    reinterpret_cast<uintptr_t>(dx)) % 16;
+  const bool whole = odd == 0 && s.width % (32 * kPack<T>) == 0;
+  launch_blocks(whole ? router_backward_x<T, kEach, true> : router_backward_x<T, kEach, false>,
+                dim3(blocks_of(s.rows, kEach * kWarps), blocks_of(s.width, 32 * kPack<T>)), kWarps * 32, 0, dlogits, w,
+                owed, dx, s);
 }
 template <class T>
 void backward_w(Cuda, const float* dlogits, const T* x, float* dw, Sizes s) {
@@ -309,19 +334,15 @@ void backward_w(Cuda, const float* dlogits, const T* x, float* dw, Sizes s) {
   const unsigned strips = blocks_of(s.rows, strip);
   const MemoryScope scope(Category::workspace);
   const Tensor partial = Tensor::empty({strips, n}, DType::f32, Device::cuda);
-  launch_blocks(router_partial_w<T, kEach>,
+  const auto odd = reinterpret_cast<uintptr_t>(x) % 16;
+  const bool whole = odd == 0 && s.width % (32 * kPack<T>) == 0;
+  launch_blocks(whole ? router_partial_w<T, kEach, true> : router_partial_w<T, kEach, false>,
                 dim3(strips, blocks_of(s.width, 32 * kPack<T>), blocks_of(s.experts, kExperts)), kWarps * 32, 0,
                 dlogits, x, partial.data<float>(), s, strip);
   launch_blocks(router_total_w, blocks_of(n, 32), 256, 0, static_cast<const float*>(partial.data<float>()), dw,
                 int64_t{strips}, n);
 }
 #endif
-
-// What has reached the gradient of x so far, if it may be changed: the experts' part, as they run after the router and
-// their gradients before. Adding to it in place saves reading both parts and writing their sum.
-Tensor gradient_so_far(const Node* x) {
-  return x && !x->leaf && x->grad && x->grad.sole_owner() ? x->grad : Tensor{};
-}
 
 }  // namespace
 
@@ -341,23 +362,25 @@ Tensor router_logits(const Tensor& x, const Tensor& weight, double noise, RngKey
       forward(device, x.data<T>(), weight.data<A>(), logits.data<A>(), Noise{noise, key}, sizes);
     });
   });
-  return record("router_logits", logits, {x, weight},
-                [x = x.detached(), w = weight.detached(), sizes, x_node = x.node(),
-                 need_w = weight.needs_grad()](const Tensor& dlogits) -> Gradients {
-                  const Tensor so_far = gradient_so_far(x_node.get());
-                  Tensor dx = so_far, dw;
-                  if (x_node && !dx) dx = Tensor::like(x);
-                  if (need_w) dw = Tensor::like(w);
-                  on_device(x.device(), [&](auto device) {
-                    dispatch(device, x.dtype(), [&]<class T>() {
-                      using A = acc_t<T>;
-                      if (x_node)
-                        backward_x(device, dlogits.data<A>(), w.data<A>(), so_far.data<T>(), dx.data<T>(), sizes);
-                      if (need_w) backward_w(device, dlogits.data<A>(), x.data<T>(), dw.data<A>(), sizes);
-                    });
-                  });
-                  return {so_far ? Tensor{} : dx, dw};
-                });
+  return record(
+      "router_logits", logits, {x, weight},
+      [x = x.detached(), w = weight.detached(), sizes, x_node = x.node(),
+       need_w = weight.needs_grad()](const Tensor& dlogits) -> Gradients {
+        const Node::Owed owed = x_node ? std::exchange(x_node->owed, {}) : Node::Owed{};
+        Tensor dx, dw;
+        if (x_node) dx = Tensor::like(x);
+        if (need_w) dw = Tensor::like(w);
+        on_device(x.device(), [&](auto device) {
+          dispatch(device, x.dtype(), [&]<class T>() {
+            using A = acc_t<T>;
+            Owed<T> rows;
+            if (owed.sum) rows = {owed.rows.data<T>(), owed.slots.data<int32_t>(), owed.slots.size(1)};
+            if (x_node) backward_x(device, dlogits.data<A>(), w.data<A>(), rows, dx.data<T>(), sizes);
+            if (need_w) backward_w(device, dlogits.data<A>(), x.data<T>(), dw.data<A>(), sizes);
+          });
+        });
+        return {dx, dw};
+      });
 }
 
 }  // namespace weft

@@ -126,7 +126,6 @@ void add_expert_cases(std::vector<OpCase>& cases) {
                    .reference = [](auto& x) { return matmul(cast(x[0], DType::f32), x[1], Transpose::b); },
                    .reduction = 776,
                    .large = {{{8192, 768}}, wide({8, 768})}});
-  // The gradient is added in place to that of the later use.
   cases.push_back({.name = "router_logits_and_another_use",
                    .sizes = {{{{37, 13}}, wide({3, 13})}, {{{150, 264}}, wide({8, 264})}},
                    .run = [](auto& x) {
@@ -230,6 +229,29 @@ void add_expert_cases(std::vector<OpCase>& cases) {
                    .products = 2,
                    .large = mlp(8192, 8, 768, 3072),
                    .flops = 4.0 * 16384 * 768 * 3072});
+
+  // Both have a gradient for the rows: the router's adds the experts' up on the way.
+  const auto shared = [mlp](int64_t n, int64_t e, int64_t d, int64_t f) {
+    Inputs inputs = mlp(n, e, d, f);
+    inputs.push_back(wide({e, d}));
+    return inputs;
+  };
+  cases.push_back({.name = "router_logits_and_expert_mlp",
+                   .sizes = {shared(5, 3, 7, 9), shared(67, 4, 24, 40), shared(37, 3, 256, 8)},
+                   .run = [key](auto& x) {
+                     const Tensor rows = scale(x[1], 1), logits = router_logits(rows, x[5]);
+                     const Tensor y = expert_mlp(rows, x[2], x[3], x[4], route(x[0]), 0.3, key);
+                     return add(sum(mul(logits, logits)), sum(mul(y, y)));
+                   },
+                   .reference = [key](auto& x) {
+                     const Tensor logits = matmul(cast(x[1], DType::f32), x[5], Transpose::b).detached();
+                     const Tensor h = reference_grouped(x[0], reference_gather(x[0], x[1]), x[2]);
+                     const Tensor a = dropout(silu(h), 0.3, key);
+                     const Tensor y = reference_weighed(x[0], reference_grouped(x[0], a, x[3]), x[4]);
+                     return add(sum(mul(logits, logits)), sum(mul(y, y)));
+                   },
+                   .reduction = 67 * 40,
+                   .products = 2});
 }
 
 }  // namespace weft
