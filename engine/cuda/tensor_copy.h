@@ -65,17 +65,6 @@ __device__ inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barr
                ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(matrix)
                : "memory");
 }
-// Starts the copy of so many bytes, a multiple of 16, from shared to global memory. Earlier writes to the former must be
-// ordered before it (publish_to_warpgroups, then a barrier).
-__device__ inline void store_bytes(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
-               "cp.async.bulk.commit_group;" ::"l"(to), "r"(shared_address(from)), "r"(bytes) : "memory");
-}
-// Waits until all but the latest kPending of this thread's store_bytes have read what they store.
-template <int kPending>
-__device__ inline void wait_stores() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
 __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -179,6 +179,11 @@ void forward(Cpu, const AttentionSize& a, Mask mask, uint32_t* kept, const Atten
   });
 }
 
+// Whether it has done all of it: dk's sum over heads and the turning back too.
+template <class T>
+bool whole_backward(Cpu, const AttentionSize&, const AttentionBackward<T>&) {
+  return false;
+}
 template <class T>
 void backward(Cpu, const AttentionSize& a, const AttentionBackward<T>& x) {
   using A = acc_t<T>;
@@ -275,12 +280,17 @@ __global__ void attention_sum_heads(const float* dk_heads, T* dk, int64_t n, int
 }
 
 template <class T>
+bool whole_backward(Cuda, const AttentionSize& a, const AttentionBackward<T>& tensors) {
+  if constexpr (std::is_same_v<T, bf16>) return attention_backward_warpgroup(a, tensors);
+  return false;
+}
+template <class T>
 void backward(Cuda, const AttentionSize& a, const AttentionBackward<T>& tensors) {
   const int64_t rows = int64_t{a.batch} * a.time * a.heads;
   launch_elements(attention_delta<T>, rows * 8, tensors.y, tensors.dy, tensors.delta, rows, a.time, a.heads,
                   a.value_width);
   if constexpr (std::is_same_v<T, bf16>)
-    if (attention_backward_warpgroup(a, tensors) || attention_backward_mma(a, tensors)) return;
+    if (attention_backward_mma(a, tensors)) return;
   attention_backward_simt(a, tensors);
 }
 template <class T>
@@ -376,18 +386,20 @@ Tensor attend(std::vector<Tensor> xs, const Sizes& sizes, const AttentionOptions
     Gradients dxs;
     for (const Tensor& x : saved) dxs.push_back(Tensor::like(x));
     MemoryScope scope(Category::workspace);
-    Tensor delta, dk_heads;
-    if (y.device() == Device::cuda) delta = Tensor::like(lse);
-    const bool shared_key = a.key_heads != a.heads;
-    if (shared_key) dk_heads = Tensor::empty({a.batch, a.time, a.heads, a.key_width}, lse.dtype(), y.device());
     on_device(y.device(), [&](auto device) {
       dispatch(device, y.dtype(), [&]<class T>() {
         const Operands<T> in(saved, a), out(dxs, a);
-        backward<T>(device, a, {in.q, in.k, in.v, y.data<T>(), dy.data<T>(), lse.data<acc_t<T>>(),
-                                delta.data<acc_t<T>>(), out.q, out.k, out.v, dk_heads.data<acc_t<T>>()});
-        if (shared_key)
-          sum_heads<T>(device, dk_heads.data<acc_t<T>>(), out.k, dxs[1].numel(), a.heads, a.key_width);
-        rotate(y.device(), dtype_of<T>, a, out.q, out.k, Turn::back);
+        AttentionBackward<T> x{.q = in.q, .k = in.k, .v = in.v, .y = y.data<T>(), .dy = dy.data<T>(),
+                               .lse = lse.data<acc_t<T>>(), .dq = out.q, .dk = out.k, .dv = out.v};
+        if (whole_backward<T>(device, a, x)) return;
+        Tensor delta, dk_heads;
+        if (y.device() == Device::cuda) delta = Tensor::like(lse);
+        if (a.key_heads != a.heads)
+          dk_heads = Tensor::empty({a.batch, a.time, a.heads, a.key_width}, lse.dtype(), y.device());
+        x.delta = delta.data<acc_t<T>>(), x.dk_heads = dk_heads.data<acc_t<T>>();
+        backward<T>(device, a, x);
+        if (x.dk_heads) sum_heads<T>(device, x.dk_heads, x.dk, dxs[1].numel(), a.heads, a.key_width);
+        rotate(y.device(), dtype_of<T>, a, x.dq, x.dk, Turn::back);
       });
     });
     return dxs;

@@ -45,9 +45,9 @@ template <class T>
 struct AttentionBackward {
   const T *q, *k, *v, *y, *dy;
   const acc_t<T>* lse;  // [B, H, T]
-  acc_t<T>* delta;      // [B, H, T]: sum(dy * y), which is sum_s(p_s dp_s)
   T *dq, *dk, *dv;
-  acc_t<T>* dk_heads;  // [B, T, H, Dk], in place of dk, where the key head is shared; else null
+  acc_t<T>* delta = nullptr;     // [B, H, T]: sum(dy * y), which is sum_s(p_s dp_s)
+  acc_t<T>* dk_heads = nullptr;  // [B, T, H, Dk], in place of dk, where the key head is shared; else null
 };
 
 inline bool aligned(std::initializer_list<const void*> pointers) {
@@ -83,7 +83,9 @@ void attention_forward_simt(const AttentionSize& size, const AttentionForward<bf
 void attention_backward_simt(const AttentionSize& size, const AttentionBackward<float>& t);
 void attention_backward_simt(const AttentionSize& size, const AttentionBackward<bf16>& t);
 
-// Fill dq, dk and dv; the forward kernels fill out and lse, that of the warpgroups also draws `kept`. False, with nothing done, where the widths, the alignment or the GPU do not suit the tensor cores.
+// Fill dq, dk and dv; the forward kernels fill out and lse. Those of the warpgroups also draw `kept`, and sum dk over
+// the heads and turn dq and dk back, without delta and dk_heads. False, with nothing done, where the widths, the
+// alignment or the GPU do not suit the tensor cores.
 bool attention_forward_warpgroup(const AttentionSize& size, const Mask& mask, uint32_t* kept,
                                  const AttentionForward<bf16>& t);
 bool attention_backward_warpgroup(const AttentionSize& size, const AttentionBackward<bf16>& t);
