@@ -27,8 +27,8 @@ struct Node {
   Tensor copy;             // of a leaf: its values in a narrower dtype (keep_copy)
   bool narrow_sums = false;
 
-  // A part that grad still lacks: sum() of the rows [N*K, D] that slots [N, K] give each of its own. Whoever runs before
-  // the node does may take it over, and add it up on the way.
+  // A part that grad still lacks: sum(), of the rows [N*K, D] that slots [N, K] give each of its own. Whoever runs
+  // before the node does may take it over, and add it up on the way.
   struct Owed {
     Tensor rows, slots;
     std::function<Tensor()> sum;

@@ -34,7 +34,7 @@ __device__ inline void store_whole_pack(T* p, const Pack<T, N>& pack) {
   uint4 raw[N * sizeof(T) / 16];
   memcpy(raw, &pack, sizeof pack);
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i)  // what was four bytes each in some kernels
+  for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i)  // C++ becomes four stores of 4 bytes in some kernels
     asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};"
                  ::"l"(reinterpret_cast<uint4*>(p) + i), "r"(raw[i].x), "r"(raw[i].y), "r"(raw[i].z), "r"(raw[i].w)
                  : "memory");
