@@ -1,5 +1,5 @@
 // What engine/ops/attention.cu shares with its three sets of CUDA kernels: attention_simt.cu (any width up to 256, f32
-// sums on the ordinary cores), attention_mma.cu (bf16 on the tensor cores) and attention_warpgroup.cu (on sm_90a's).
+// sums on the ordinary cores), attention_mma.cu (bf16 on the tensor cores) and attention_warpgroup*.cu (on sm_90a's).
 #pragma once
 #include <initializer_list>
 
