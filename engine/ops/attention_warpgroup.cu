@@ -1,7 +1,7 @@
 // Attention of bf16 on sm_90a, forward (after Shah et al., "FlashAttention-3", 2024): a warpgroup owns 64 queries and
-// walks over tiles of keys and values, which are copied to shared memory one ahead. Probabilities never leave registers.
-// Several blocks share a multiprocessor: while one multiplies, another computes exponentials. Widths are padded with
-// zeros to those of the instantiation.
+// walks over tiles of keys and values, which are copied to shared memory one ahead. Probabilities never leave
+// registers. Several blocks share a multiprocessor: while one multiplies, another computes exponentials. Widths are
+// padded with zeros to those of the instantiation.
 #if WEFT_CUDA
 #include "engine/ops/attention_warpgroup.h"
 
