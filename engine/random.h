@@ -31,13 +31,25 @@ struct Philox4 {
   uint32_t v[4];
 };
 
+// Both halves of a product. Kernels name the instruction: written as a product of 64 bits, each of a mask's 12 or 14 is
+// followed by an addition of zero.
+WEFT_HD inline uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t{a} * b;
+#endif
+}
+
 template <int kRounds = 10>
 WEFT_HD inline Philox4 philox(RngKey key, uint64_t counter) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32);
   uint32_t c2 = static_cast<uint32_t>(key.stream), c3 = static_cast<uint32_t>(key.stream >> 32);
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
   for (int round = 0; round < kRounds; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
+    const uint64_t p0 = wide_product(c0, 0xD2511F53u), p1 = wide_product(c2, 0xCD9E8D57u);
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c1 = static_cast<uint32_t>(p1);
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
@@ -67,13 +79,13 @@ struct Mask {
 // Elements 8 `group` .. 8 `group` + 7 of a mask; mask.key is already at_step().
 struct Kept8 {
   Philox4 bits{};
-  uint32_t threshold = 0;
+  uint32_t last = 0;  // that is kept; all are where the threshold is 2^16
   Kept8() = default;
   WEFT_HD Kept8(const Mask& mask, uint64_t group)
-      : bits(philox<7>(mask.key, group)), threshold(mask.threshold << 16) {}
+      : bits(philox<7>(mask.key, group)), last((mask.threshold << 16) - 1) {}
   // Moves elements 4 .. 7 to the front.
   WEFT_HD void skip_four() { bits.v[0] = bits.v[2], bits.v[1] = bits.v[3]; }
-  WEFT_HD bool operator[](int j) const { return (j % 2 ? bits.v[j / 2] : bits.v[j / 2] << 16) < threshold; }
+  WEFT_HD bool operator[](int j) const { return (j % 2 ? bits.v[j / 2] : bits.v[j / 2] << 16) <= last; }
 };
 
 // Uniform in (0, 1).

@@ -68,7 +68,7 @@ template <bool kAligned = false>
 __device__ inline uint32_t kept_bits(const Mask& mask, int64_t i) {
   uint32_t kept = 0;
   const auto draw = [&](int group) {
-    const Kept8 eight(mask, static_cast<uint64_t>(i / 8 + group));
+    const Kept8 eight(mask, static_cast<uint64_t>(i) / 8 + group);
 #pragma unroll
     for (int j = 0; j < 8; ++j) kept |= static_cast<uint32_t>(eight[j]) << (group * 8 + j);
   };
