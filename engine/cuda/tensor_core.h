@@ -48,7 +48,9 @@ __device__ inline void multiply_add(float (&sum)[4], const Quad& a, uint32_t b0,
 
 // Two floats as bf16 in one register, the first in the low half.
 __device__ inline uint32_t pack(float low, float high) {
-  return static_cast<uint32_t>(bf16(low).bits) | static_cast<uint32_t>(bf16(high).bits) << 16;
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 // Starts a copy to shared memory; fills with zeros instead where not `inside` (`from` is not read then).

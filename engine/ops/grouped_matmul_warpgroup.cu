@@ -1,10 +1,11 @@
-// grouped_matmul of bf16 on sm_90a. A block stays on its multiprocessor and walks tiles of 128 x 256: one thread copies
-// what they need into a ring of stages, two warpgroups multiply 64 rows each from there and write their part of the tile
-// while the other still multiplies. Rows of an expert start anywhere: a tile's copies go past its last row, and only its
-// own rows are written. At 16384 rows, 8 experts, 768 and 3072 columns a product takes 112 to 126 us on an H200, 620 to
-// 690 TFLOP/s. Lost: pairs of blocks that share their copies (143 to 190 us), and experts' activation before the write (192
-// us, and 364 us where it drew dropout's mask, against 131 and 59 us apart). Writing a tile while the next is multiplied
-// changed nothing.
+// grouped_matmul of bf16 on sm_90a. A block stays on its multiprocessor and walks tiles of 128 x 256: one thread
+// copies what they need into a ring of stages, two warpgroups multiply 64 rows each from there, and a warp for each
+// writes its finished sums while the next tile is multiplied. Rows of an expert start anywhere: a tile's copies go
+// past its last row, and only its own rows are written. At 16384 rows, 8 experts, 768 and 3072 columns, on an H200
+// at its power limit, the six products of a layer take 791 us together; where each warpgroup wrote its own sums,
+// 810; cuBLAS's products of equal experts, 755; and if nothing were written, 735. Lost: pairs of blocks that share
+// their copies (as many cycles, with 15% fewer bytes from L2), and experts' activation before the write (183 us
+// forward where the two passes took 194, and 250 us back where they took 234).
 #if WEFT_CUDA
 #include "engine/cuda/tensor_copy.h"
 #include "engine/cuda/warpgroup.h"
@@ -18,10 +19,11 @@ struct Sizes {
   int inputs, outputs, experts;
 };
 
-constexpr int kTileM = 128, kTileN = 256, kDepth = kBoxSide, kStages = 4, kThreads = 384;
+constexpr int kTileM = 128, kTileN = 256, kDepth = kBoxSide, kStages = 3, kThreads = 384;
 constexpr int kStageElements = (kTileM + kTileN) * kDepth;
-constexpr int kWarpStageElements = 16 * kBoxSide;  // of finished sums: 16 rows of 64 columns a warp
-constexpr size_t kSharedBytes = (kStages * kStageElements + 8 * kWarpStageElements) * sizeof(bf16) + 1024;
+// Finished sums on their way out: pieces of 64 rows and 128 columns, whose rows begin in different banks.
+constexpr int kPieces = 2, kPieceColumns = 128, kPieceStride = kPieceColumns + 8, kPieceElements = 64 * kPieceStride;
+constexpr size_t kSharedBytes = (kStages * kStageElements + 2 * kPieces * kPieceElements) * sizeof(bf16) + 1024;
 
 struct Tile {
   int expert, first;  // row of the expert's segment
@@ -81,6 +83,7 @@ class Walk {
 
 struct Barriers {
   uint64_t full[kStages], empty[kStages];
+  uint64_t finished[2][kPieces], written[2][kPieces];  // pieces of each warpgroup
 };
 
 // A place in the ring of stages.
@@ -125,9 +128,9 @@ __device__ void copy_tiles(const CUtensorMap* a_map, const CUtensorMap* b_map, c
     }
 }
 
-// sums of this warpgroup's 64 rows of the tile.
+// The first kCount of sums become those of this warpgroup's 64 rows of the tile.
 template <GroupedProduct kProduct, int kCount>
-__device__ void multiply_tile(float (&sums)[kCount][4], const Tile& t, bf16* stages, Barriers& barriers, Place& place) {
+__device__ void multiply_tile(float (&sums)[32][4], const Tile& t, bf16* stages, Barriers& barriers, Place& place) {
   using Layout = GroupedLayout<kProduct>;
   constexpr int kNextColumns = kDepth * kBoxSide * sizeof(bf16);
   // 16 terms further along the sums: 16 rows of 128 bytes, or 32 bytes; an address counts 16 bytes.
@@ -139,10 +142,6 @@ __device__ void multiply_tile(float (&sums)[kCount][4], const Tile& t, bf16* sta
   const auto leave = [&](int stage) {
     if (threadIdx.x % 32 == 0) arrive(&barriers.empty[stage]);
   };
-#pragma unroll
-  for (int j = 0; j < kCount; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sums[j][e] = 0;
   int last = 0;
   for (int k = 0; k < t.depth; k += kDepth, place.advance<kStages>()) {
     wait_barrier(&barriers.full[place.stage], place.parity);
@@ -159,7 +158,8 @@ __device__ void multiply_tile(float (&sums)[kCount][4], const Tile& t, bf16* sta
     open_products();
 #pragma unroll
     for (int step = 0; step < kDepth / 16; ++step)
-      multiply_warpgroup<Layout::a_rows_are_k, Layout::b_rows_are_k>(sums, a + step * kNextA, b + step * kNextB);
+      multiply_warpgroup<kCount, Layout::a_rows_are_k, Layout::b_rows_are_k>(sums, a + step * kNextA, b + step * kNextB,
+                                                                             k > 0 || step > 0);
     close_products();
     if (k > 0) {
       wait_products<1>();
@@ -170,42 +170,89 @@ __device__ void multiply_tile(float (&sums)[kCount][4], const Tile& t, bf16* sta
   wait_products<0>();
   settle(sums);
   if (t.depth > 0) leave(last);
+  if (t.depth == 0)
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[j][e] = 0;
 }
 
-// Writes this warp's 16 rows of the tile, 64 columns at a time through its shared memory, so that rows are written in
-// pieces of 128 bytes.
-template <GroupedProduct kProduct, int kCount>
-__device__ void write_tile(const float (&sums)[kCount][4], const Tile& t, const Sizes& g, bf16* staging, bf16* c) {
-  const int lane = threadIdx.x % 32, row = lane % 16, half = lane / 16, piece = lane % 8;
-  const int width = kProduct == GroupedProduct::forward ? g.outputs : g.inputs;
-  const int64_t first = kProduct == GroupedProduct::weight_gradient ? int64_t{t.expert} * g.outputs : t.first;
+// Leaves 64 rows of finished sums, kCount of them from kFirst, to the warp that writes them.
+template <int kFirst, int kCount>
+__device__ void hand_over(const float (&sums)[32][4], bf16* pieces, Barriers& barriers, Place& place) {
+  const int group = static_cast<int>(threadIdx.x) / 128 - 1;
+  const int warp = static_cast<int>(threadIdx.x) / 32 % 4, lane = threadIdx.x % 32;
+  bf16* const to = pieces + place.stage * kPieceElements + (warp * 16 + lane % 16) * kPieceStride + lane / 16 * 8;
+  wait_barrier(&barriers.written[group][place.stage], place.parity ^ 1);
 #pragma unroll
-  for (int chunk = 0; chunk < kCount / 8; ++chunk) {
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      const float(&left)[4] = sums[chunk * 8 + j], (&right)[4] = sums[chunk * 8 + j + 1];
-      store_quad(staging + row * kBoxSide + ((j + half) ^ row % 8) * 8, pack(left[0], left[1]), pack(left[2], left[3]),
-                 pack(right[0], right[1]), pack(right[2], right[3]));
+  for (int j = 0; j < kCount; j += 2) {
+    const float(&left)[4] = sums[kFirst + j], (&right)[4] = sums[kFirst + j + 1];
+    store_quad(to + j * 8, pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]),
+               pack(right[2], right[3]));
+  }
+  __syncwarp();
+  if (lane == 0) arrive(&barriers.finished[group][place.stage]);
+  place.advance<kPieces>();
+}
+
+// The work of the warp that writes the tiles of one warpgroup.
+template <GroupedProduct kProduct>
+__device__ void write_tiles(int group, const Sizes& g, const bf16* pieces, Barriers& barriers, bf16* c) {
+  const int lane = threadIdx.x % 32, width = kProduct == GroupedProduct::forward ? g.outputs : g.inputs;
+  Walk<kProduct> walk(g);
+  Place place;
+  for (Tile t; walk.next(t);) {
+    const int rows = min(t.rows - group * 64, 64);
+    if (rows <= 0) continue;
+    const int64_t first = kProduct == GroupedProduct::weight_gradient ? int64_t{t.expert} * g.outputs : t.first;
+    for (int done = 0; done < t.width; done += kPieceColumns, place.advance<kPieces>()) {
+      const int part = lane % 16 * 8, column = t.column + done + part;
+      const bf16* const from = pieces + place.stage * kPieceElements + part;
+      bf16* const to = c + (first + t.row + group * 64) * width + column;
+      wait_barrier(&barriers.finished[group][place.stage], place.parity);
+      if (part < t.width && column < width)
+#pragma unroll 4
+        for (int row = lane / 16; row < rows; row += 2)
+          *reinterpret_cast<uint4*>(to + int64_t{row} * width) =
+              *reinterpret_cast<const uint4*>(from + row * kPieceStride);
+      __syncwarp();
+      if (lane == 0) arrive(&barriers.written[group][place.stage]);
     }
-    __syncwarp();
-    const int column = t.column + chunk * kBoxSide + piece * 8;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int from = lane / 8 + 4 * i, to = (static_cast<int>(threadIdx.x) / 32 - 4) * 16 + from;
-      if (to < t.rows && column < width)
-        *reinterpret_cast<uint4*>(c + (first + t.row + to) * width + column) =
-            *reinterpret_cast<const uint4*>(staging + from * kBoxSide + (piece ^ from % 8) * 8);
-    }
-    __syncwarp();
   }
 }
 
 template <GroupedProduct kProduct, int kCount>
-__device__ void compute_tile(const Tile& t, const Sizes& g, bf16* stages, bf16* staging, Barriers& barriers,
-                             Place& place, bf16* c) {
-  float sums[kCount][4];
-  multiply_tile<kProduct>(sums, t, stages, barriers, place);
-  write_tile<kProduct>(sums, t, g, staging, c);
+__device__ void compute_tile(float (&sums)[32][4], const Tile& t, bf16* stages, bf16* pieces, Barriers& barriers,
+                             Place& place, Place& piece) {
+  multiply_tile<kProduct, kCount>(sums, t, stages, barriers, place);
+  hand_over<0, kCount < 16 ? kCount : 16>(sums, pieces, barriers, piece);
+  if constexpr (kCount > 16) hand_over<16, 16>(sums, pieces, barriers, piece);
+}
+
+// The work of a warpgroup that multiplies.
+template <GroupedProduct kProduct>
+__device__ void multiply_tiles(int group, const Sizes& g, bf16* stages, bf16* pieces, Barriers& barriers) {
+  Walk<kProduct> walk(g);
+  Place place, piece;
+  float sums[32][4] = {};
+  Tile t;
+  for (bool more = walk.next(t); more;) {
+    Tile following = t;  // found before its turn, so that nothing waits for its rows
+    const bool again = walk.next(following);
+    if (t.rows <= group * 64) {  // none for this warpgroup
+      for (int k = 0; k < t.depth; k += kDepth, place.advance<kStages>()) {
+        wait_barrier(&barriers.full[place.stage], place.parity);
+        if (threadIdx.x % 32 == 0) arrive(&barriers.empty[place.stage]);
+      }
+    } else if (t.width == 256) {
+      compute_tile<kProduct, 32>(sums, t, stages, pieces, barriers, place, piece);
+    } else if (t.width == 128) {
+      compute_tile<kProduct, 16>(sums, t, stages, pieces, barriers, place, piece);
+    } else {
+      compute_tile<kProduct, 8>(sums, t, stages, pieces, barriers, place, piece);
+    }
+    t = following, more = again;
+  }
 }
 
 template <GroupedProduct kProduct>
@@ -213,6 +260,7 @@ __device__ void compute_tiles(const CUtensorMap* a_map, const CUtensorMap* b_map
   extern __shared__ __align__(1024) uint4 shared_stages[];
   __shared__ Barriers barriers;
   bf16* const stages = reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(shared_stages) + 1023) / 1024 * 1024);
+  bf16* const pieces = stages + kStages * kStageElements;
   if (threadIdx.x == 0) {
     prefetch_map(a_map);
     prefetch_map(b_map);
@@ -220,25 +268,22 @@ __device__ void compute_tiles(const CUtensorMap* a_map, const CUtensorMap* b_map
       init_barrier(&barriers.full[i], 1);
       init_barrier(&barriers.empty[i], 8);
     }
+    for (int i = 0; i < 2 * kPieces; ++i) {
+      init_barrier(&barriers.finished[i / kPieces][i % kPieces], 4);
+      init_barrier(&barriers.written[i / kPieces][i % kPieces], 1);
+    }
     publish_barriers();
   }
   __syncthreads();
-  if (threadIdx.x < 128) {
-    give_registers<40>();
+  const int warp = static_cast<int>(threadIdx.x) / 32, group = warp < 4 ? warp - 1 : warp / 4 - 1;
+  bf16* const mine = pieces + group * kPieces * kPieceElements;
+  if (warp < 4) {
+    give_registers<88>();
     if (threadIdx.x == 0) copy_tiles<kProduct>(a_map, b_map, g, stages, barriers);
+    if (warp == 1 || warp == 2) write_tiles<kProduct>(group, g, mine, barriers, c);
   } else {
-    take_registers<232>();
-    bf16* const staging = stages + kStages * kStageElements + (threadIdx.x / 32 - 4) * kWarpStageElements;
-    Walk<kProduct> walk(g);
-    Place place;
-    for (Tile t; walk.next(t);) {
-      if (t.width == 256)
-        compute_tile<kProduct, 32>(t, g, stages, staging, barriers, place, c);
-      else if (t.width == 128)
-        compute_tile<kProduct, 16>(t, g, stages, staging, barriers, place, c);
-      else
-        compute_tile<kProduct, 8>(t, g, stages, staging, barriers, place, c);
-    }
+    take_registers<208>();
+    multiply_tiles<kProduct>(group, g, stages, mine, barriers);
   }
 }
 
