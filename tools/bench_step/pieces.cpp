@@ -148,8 +148,8 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
   }
   works.pass("embedding", (4 + s) * n * d + (s + 8) * n * d);
   // A branch and the residual before it read, the residual after it and its norm written; backward the gradients of the
-  // latter two and the residual read, those of the former two written.
-  works.pass("norms, residual", (2 * layers + 1) * 9 * s * n * d);
+  // latter two and the residual read, those of the former two written. The experts' branch is a token's rows.
+  works.pass("norms, residual", s * d * ((2 * layers + 1) * 9 * n + layers * 2 * (rows - n)));
 
   // Half of all pairs of positions: q k^T and p v; backward q k^T again, and dv, dp, dq, dk.
   const double pairs = n * number(size.seq) / 2;
@@ -166,9 +166,8 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
   attention("attention, backward", 2 * pairs * (3 * key_width + 2 * value_width), 2 * key_bytes + 4 * value_bytes);
   works.avoidable_pass("rotary, splits", layers * 4 * key_bytes);  // queries and keys, turned in place each way
 
-  works.pass("routing", layers * 3 * s * n * d);  // x read; x read again and dx written
-  // Gather: x read, rows written; dy read, dx written. Combine: the other way round, and y again for the weights.
-  works.pass("expert rows", layers * s * d * (4 * n + 5 * rows));
+  works.pass("routing", layers * s * d * (3 * n + rows));  // x read; x and the gradients of its rows read, dx written
+  works.pass("expert rows", layers * s * d * (n + rows));  // x read, its rows written
   for (const auto& [in, out] : {std::pair(d, f), std::pair(f, d)}) {
     works.products("experts, forward", rows, in, out, experts, layers);
     const bool whole = size.device == Device::cpu;  // where only ops are timed
