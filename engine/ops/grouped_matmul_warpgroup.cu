@@ -2,10 +2,11 @@
 // copies what they need into a ring of stages, two warpgroups multiply 64 rows each from there, and a warp for each
 // writes its finished sums while the next tile is multiplied. Rows of an expert start anywhere: a tile's copies go
 // past its last row, and only its own rows are written. At 16384 rows, 8 experts, 768 and 3072 columns, on an H200
-// at its power limit, the six products of a layer take 791 us together; where each warpgroup wrote its own sums,
-// 810; cuBLAS's products of equal experts, 755; and if nothing were written, 735. Lost: pairs of blocks that share
-// their copies (as many cycles, with 15% fewer bytes from L2), and experts' activation before the write (183 us
-// forward where the two passes took 194, and 250 us back where they took 234).
+// at its power limit, the six products of a layer take 710 us in the steps of exp1; where each warpgroup wrote its
+// own sums, 735. Alone, in one run, the latter took 810, cuBLAS's products of equal experts 755, and with nothing
+// written 735. Lost: pairs of blocks that share their copies (15% fewer bytes from L2, and no fewer cycles), and
+// experts' activation before the write (183 us forward where the two passes took 194, and 250 us back where they
+// took 234).
 #if WEFT_CUDA
 #include "engine/cuda/tensor_copy.h"
 #include "engine/cuda/warpgroup.h"
