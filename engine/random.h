@@ -68,10 +68,10 @@ WEFT_HD inline uint32_t random_bits(RngKey key, uint64_t index) { return philox(
 // make a mask three times cheaper to draw. The probability is rounded to 2^-16, and scale() is that of the rounded one.
 struct Mask {
   RngKey key;
-  uint32_t threshold = 0;  // 1 .. 65535
+  uint32_t threshold = 0;  // 1 .. 65535; 65536, which keeps all, where p is 0
   Mask() = default;
   Mask(RngKey key, double p) : key(key), threshold(static_cast<uint32_t>((1 - p) * 65536 + 0.5)) {
-    threshold = threshold < 1 ? 1 : threshold > 65535 ? 65535 : threshold;
+    threshold = threshold < 1 ? 1 : threshold > 65535 && p > 0 ? 65535 : threshold;
   }
   double scale() const { return 65536.0 / threshold; }  // of what is kept
 };
@@ -79,7 +79,7 @@ struct Mask {
 // Elements 8 `group` .. 8 `group` + 7 of a mask; mask.key is already at_step().
 struct Kept8 {
   Philox4 bits{};
-  uint32_t last = 0;  // that is kept; all are where the threshold is 2^16
+  uint32_t last = 0;  // that is kept: threshold - 1 in the upper half, with ones below
   Kept8() = default;
   WEFT_HD Kept8(const Mask& mask, uint64_t group)
       : bits(philox<7>(mask.key, group)), last((mask.threshold << 16) - 1) {}

@@ -60,6 +60,19 @@ __device__ inline void store_pack(T* p, const Pack<T, N>& pack, int64_t left) {
     if (i < left) p[i] = pack.v[i];
 }
 
+// The same where the kernel may know that the pack is whole and at an address for 16 bytes: the test of that makes each
+// load wait for the one before.
+template <bool kWhole, int N, class T>
+__device__ inline Pack<T, N> load_part(const T* p, int64_t left) {
+  if constexpr (kWhole) return load_whole_pack<N>(p);
+  else return load_pack<N>(p, left);
+}
+template <bool kWhole, int N, class T>
+__device__ inline void store_part(T* p, const Pack<T, N>& pack, int64_t left) {
+  if constexpr (kWhole) store_whole_pack(p, pack);
+  else store_pack(p, pack, left);
+}
+
 // Its values as floats: of two bf16 in a register, a shift and a mask.
 template <class T, int N>
 __device__ inline void widen(const Pack<T, N>& pack, float (&v)[N]) {

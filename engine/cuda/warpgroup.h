@@ -1,5 +1,5 @@
 // The warpgroup's matrix instruction of sm_90a: 128 threads multiply tiles straight from shared memory, and go on while
-// the product is computed. Used by grouped_matmul.
+// the product is computed. Used by grouped_matmul and attention.
 #pragma once
 #include "engine/cuda/tensor_core.h"
 

@@ -5,13 +5,6 @@
 
 namespace weft {
 
-// Two floats as bf16 in one register, the first in the low half, in one instruction.
-__device__ inline uint32_t round_pair(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
 // d[64, 32] = a[64, 16] b[16, 32], or += where `add`; both tiles have rows along m or n.
 __device__ inline void multiply_rows(float (&d)[4][4], uint64_t a, uint64_t b, bool add) {
   asm volatile(

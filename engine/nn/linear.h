@@ -19,7 +19,8 @@ struct Linear {
   }
 };
 
-// Layers of the same x, whose outputs lie side by side: one product, and one each of its gradients.
+// Layers of the same x [.., in], whose outputs [.., sum of out] lie side by side: one product, and one each of its
+// gradients.
 struct JoinedLinear {
   std::vector<Linear> layers;
 

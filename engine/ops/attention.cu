@@ -335,7 +335,7 @@ AttentionSize size_of_attention(const Tensor& x, const Sizes& z, const Attention
   a.key_width = static_cast<int>(z.key_width);
   a.value_width = static_cast<int>(z.value_width);
   a.scale = o.scale;
-  a.keep_scale = o.dropout > 0 ? Mask(o.key, o.dropout).scale() : 1;
+  a.keep_scale = Mask(o.key, o.dropout).scale();
   a.kept = nullptr;
   a.kept_words = (x.size(1) + 63) / 64 * 2;
   a.q_stride = z.q_stride, a.k_stride = z.k_stride, a.v_stride = z.v_stride;

@@ -40,7 +40,6 @@ struct AttentionForward {
   acc_t<T>* lse;  // [B, H, T]: log sum exp of a row's scores
 };
 
-// dk has a head for every query head: the caller sums them where the key head is shared.
 template <class T>
 struct AttentionBackward {
   const T *q, *k, *v, *y, *dy;

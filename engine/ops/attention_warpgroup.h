@@ -71,8 +71,8 @@ template <int kTiles>
 __device__ void round_sums(Quad (&rounded)[kTiles / 2], const float (&x)[kTiles][4]) {
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
-    rounded[j / 2].r[j % 2 * 2] = round_pair(x[j][0], x[j][1]);
-    rounded[j / 2].r[j % 2 * 2 + 1] = round_pair(x[j][2], x[j][3]);
+    rounded[j / 2].r[j % 2 * 2] = pack(x[j][0], x[j][1]);
+    rounded[j / 2].r[j % 2 * 2 + 1] = pack(x[j][2], x[j][3]);
   }
 }
 
@@ -90,7 +90,7 @@ __device__ void store_rows(bf16* to, int64_t stride, int first, int rows, int wi
       for (int half = 0; half < 2; ++half)
         *reinterpret_cast<uint32_t*>(panels + panel * kRows * 64 + (16 * lane.warp + lane.g + 8 * half) * 64 +
                                      (j ^ lane.g) * 8 + 2 * lane.c) =
-            round_pair(factor[half] * sums[panel][j][2 * half], factor[half] * sums[panel][j][2 * half + 1]);
+            pack(factor[half] * sums[panel][j][2 * half], factor[half] * sums[panel][j][2 * half + 1]);
   }
   __syncwarp();
 #pragma unroll

@@ -357,8 +357,8 @@ __global__ void __launch_bounds__(kThreads, W::product_blocks) WEFT_CLUSTER(kSha
         for (int j = 0; j < 8; j += 2)
           if (turned + j >= 0) turn_pair_back(total[j], total[j + 1], a.angles + s * a.rotated + turned + j);
         *reinterpret_cast<uint4*>(x.dk + at.k + s * at.k_stride + column) =
-            uint4{round_pair(factor * total[0], factor * total[1]), round_pair(factor * total[2], factor * total[3]),
-                  round_pair(factor * total[4], factor * total[5]), round_pair(factor * total[6], factor * total[7])};
+            uint4{pack(factor * total[0], factor * total[1]), pack(factor * total[2], factor * total[3]),
+                  pack(factor * total[4], factor * total[5]), pack(factor * total[6], factor * total[7])};
       }
       sync_cluster();
     }

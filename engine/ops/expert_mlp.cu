@@ -20,14 +20,14 @@ template <class A>
 struct Activation {
   const A* weights;        // [N, K]
   const int32_t* sources;  // [N*K]: row -> choice
-  Mask mask;  // of threshold 2^16 where nothing is dropped, which keeps all
-  A scale;    // of what is kept
+  Mask mask;
+  A scale;  // of what is kept
   int64_t rows, width;
 };
 
-// In bf16 by the GPU's approximation of tanh: one special function an element where exp and the division are two, 61 us
-// forward instead of 73. Against exact values silu is off by at most 1e-5, by 1e-4 of itself above -7 and by 1.4e-2 of
-// itself above -12; bf16 rounds by 4e-3 at most.
+// In bf16 by the GPU's approximation of tanh: one special function an element where exp and the division are two, 12
+// us of 73 forward in the kernel of a warp a row that was here first. Against exact values silu is off by at most
+// 1e-5, by 1e-4 of itself above -7 and by 1.4e-2 of itself above -12; bf16 rounds by 4e-3 at most.
 template <class T, class A = acc_t<T>>
 WEFT_HD A sigmoid(A x) {
 #ifdef __CUDA_ARCH__
@@ -112,23 +112,13 @@ void backward(Cpu, const Activation<A>& f, T* da, const T* h, T* dh, A* dweights
 }
 
 #if WEFT_CUDA
-// A row a block: at 16384 rows of 3072 in bf16 52.5 us forward and 101 us backward on an H200. The last row comes first:
-// the product before wrote it last, so that a part of h or da is still in the L2 cache, and then a part of a is for the
-// product after, which begins with the first row; between two passes that go up the kernels take 46 and 94 us.
+// A row a block: at 16384 rows of 3072 in bf16 52.5 us forward and 101 us backward on an H200. The last row comes
+// first: the product before wrote it last, so that a part of h or da is still in the L2 cache, and then a part of a
+// is for the product after, which begins with the first row; between two passes that go up the kernels take 46 and
+// 94 us.
 constexpr int kThreads = 128, kStep = kThreads * 8;  // elements that a block takes at once, 8 a thread: one drawing's
 
 // kWhole: rows are whole packs at addresses for 16 bytes.
-template <bool kWhole, class T>
-__device__ Pack<T, 8> load_eight(const T* p, int64_t left) {
-  if constexpr (kWhole) return load_whole_pack<8>(p);
-  else return load_pack<8>(p, left);
-}
-template <bool kWhole, class T>
-__device__ void store_eight(T* p, const Pack<T, 8>& pack, int64_t left) {
-  if constexpr (kWhole) store_whole_pack(p, pack);
-  else store_pack(p, pack, left);
-}
-
 template <bool kWhole, class T>
 __global__ void __launch_bounds__(kThreads, 12) activate_rows(Activation<float> f, const T* h, T* a) {
   const int64_t row = gridDim.x - 1 - blockIdx.x;
@@ -137,13 +127,13 @@ __global__ void __launch_bounds__(kThreads, 12) activate_rows(Activation<float> 
   const float weight = f.scale * f.weights[f.sources[row]];
   h += row * f.width, a += row * f.width;
   for (int column = threadIdx.x * 8; column < width; column += kStep) {
-    const auto pack = load_eight<kWhole>(h + column, width - column);
+    const auto pack = load_part<kWhole, 8>(h + column, width - column);
     const uint32_t kept = kept_bits<kWhole>(mask, row * f.width + column);
     float values[8];
     widen(pack, values);
 #pragma unroll
     for (int j = 0; j < 8; ++j) values[j] = activate<T>(values[j], weight, kept >> j & 1);
-    store_eight<kWhole>(a + column, narrow<T>(values), width - column);
+    store_part<kWhole>(a + column, narrow<T>(values), width - column);
   }
 }
 template <bool kWhole, class T>
@@ -156,16 +146,16 @@ __global__ void __launch_bounds__(kThreads, 10) activate_rows_backward(Activatio
   h += row * f.width, da += row * f.width, dh += row * f.width;
   float dot = 0;
   for (int column = threadIdx.x * 8; column < width; column += kStep) {
-    const auto pack = load_eight<kWhole>(h + column, width - column);
-    const auto gradient = load_eight<kWhole>(da + column, width - column);
+    const auto pack = load_part<kWhole, 8>(h + column, width - column);
+    const auto gradient = load_part<kWhole, 8>(da + column, width - column);
     const uint32_t kept = kept_bits<kWhole>(mask, row * f.width + column);
     float x[8], d[8];
     widen(pack, x);
     widen(gradient, d);
 #pragma unroll
     for (int j = 0; j < 8; ++j) dot += activate_backward<T>(d[j], x[j], weight, kept >> j & 1);
-    store_eight<kWhole>(da + column, narrow<T>(d), width - column);
-    store_eight<kWhole>(dh + column, narrow<T>(x), width - column);
+    store_part<kWhole>(da + column, narrow<T>(d), width - column);
+    store_part<kWhole>(dh + column, narrow<T>(x), width - column);
   }
   dot = block_sum<kThreads>(dot);
   if (threadIdx.x == 0) dweights[f.sources[row]] = f.scale * dot;
@@ -193,8 +183,7 @@ void with_activation(const Tensor& h, const Tensor& weights, const Routing& r, d
   on_device(h.device(), [&](auto device) {
     dispatch(device, h.dtype(), [&]<class T>() {
       using A = acc_t<T>;
-      Mask mask(key, p);
-      if (p == 0) mask.threshold = 1 << 16;
+      const Mask mask(key, p);
       f(device, Activation<A>{.weights = weights.data<A>(), .sources = r.sources.data<int32_t>(), .mask = mask,
                               .scale = A(mask.scale()), .rows = h.size(0), .width = h.size(1)}, T{});
     });

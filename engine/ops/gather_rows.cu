@@ -71,7 +71,7 @@ __global__ void sum_choices_kernel(const T* __restrict__ dy, const int32_t* __re
       Pack<T, kN> dys[kPacks];
 #pragma unroll
       for (int p = 0; p < kPacks; ++p)
-        dys[p] = kWhole ? load_whole_pack<kN>(from + p * kStep) : load_pack<kN>(from, d - i);
+        dys[p] = load_part<kWhole, kN>(from + p * kStep, d - i);
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) {
         float values[kN];
@@ -81,10 +81,8 @@ __global__ void sum_choices_kernel(const T* __restrict__ dy, const int32_t* __re
       }
     }
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      T* to = dx + n * d + i + p * kStep;
-      kWhole ? store_whole_pack(to, narrow<T>(sums[p])) : store_pack(to, narrow<T>(sums[p]), d - i);
-    }
+    for (int p = 0; p < kPacks; ++p)
+      store_part<kWhole>(dx + n * d + i + p * kStep, narrow<T>(sums[p]), d - i);
   }
 }
 bool at_16_bytes(const void* a, const void* b) {

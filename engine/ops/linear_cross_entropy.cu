@@ -83,17 +83,16 @@ __global__ void __launch_bounds__(kThreads, 2) row_losses_kernel(T* z, const int
   constexpr float kLog2e = 1.4426950408889634f;
   extern __shared__ uint4 shared_row[];
   Chunk* const near = reinterpret_cast<Chunk*>(shared_row);
-  const int64_t at_row = gridDim.x - 1 - blockIdx.x;  // the product before wrote the last rows last: they are in L2
-  Chunk* const row = reinterpret_cast<Chunk*>(z + at_row * v);
+  Chunk* const row = reinterpret_cast<Chunk*>(z + blockIdx.x * v);
   const int chunks = static_cast<int>(v / kN), thread = threadIdx.x;
   if constexpr (kN > 1) {
 #pragma unroll 4
     for (int at = thread; at < held; at += kThreads) copy_16_bytes(near + at, row + at, true);
     close_copies();
   }
-  const int32_t target = targets[at_row];
+  const int32_t target = targets[blockIdx.x];
   const bool known = target >= 0 && target < v;
-  const float at_target = known ? float(z[at_row * v + target]) : NAN;
+  const float at_target = known ? float(z[blockIdx.x * v + target]) : NAN;
   if constexpr (kN > 1) wait_copies<0>();
 
   float largest = -INFINITY, total = 0;  // the sum is of 2^(x log2e - shift of `largest`)
@@ -121,10 +120,10 @@ __global__ void __launch_bounds__(kThreads, 2) row_losses_kernel(T* z, const int
   const float top = block_max(largest);
   total = block_sum(largest == -INFINITY ? 0.0f : total * exp2_approx((largest - top) * kLog2e));
   const float lse = known ? top + logf(total) : NAN;
-  if (thread == 0) losses[at_row] = lse - at_target;
+  if (thread == 0) losses[blockIdx.x] = lse - at_target;
   if constexpr (!kGradient) {
     const bool hit = __syncthreads_and(first) && !isnan(lse);  // a nan is not found by comparing
-    if (hits && thread == 0) hits[at_row] = hit;
+    if (hits && thread == 0) hits[blockIdx.x] = hit;
   } else {
     const float shift = lse * kLog2e - log2f(scale);
     const auto turn = [&](Chunk pack, int at) {

@@ -6,7 +6,7 @@
 #include "engine/ops.h"
 #if WEFT_CUDA
 #include "engine/cuda/blas.h"
-#include "engine/cuda/vector.h"
+#include "engine/ops/column_totals.h"
 #endif
 
 namespace weft {
@@ -59,30 +59,15 @@ __global__ void __launch_bounds__(kRowWarps * 32) sum_row_range(const T* x, int6
     if (column < columns) partial[blockIdx.y * columns + column] = total;
   }
 }
-// One block of 32 warps per 32 columns.
-template <class T>
-__global__ void sum_ranges(const float* partial, int64_t ranges, int64_t columns, T* y) {
-  __shared__ float sums[32][33];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t c = blockIdx.x * int64_t{32} + lane;
-  float total = 0;
-  if (c < columns)
-    for (int64_t r = warp; r < ranges; r += 32) total += partial[r * columns + c];
-  sums[warp][lane] = total;
-  __syncthreads();
-  total = warp_sum(sums[lane][warp]);
-  const int64_t column = blockIdx.x * int64_t{32} + warp;
-  if (lane == 0 && column < columns) y[column] = T(total);
-}
 template <class T>
 void column_sums(Cuda, const T* x, int64_t rows, int64_t columns, T* y) {
   const int64_t ranges = (rows + kRowRange - 1) / kRowRange;
   check(ranges <= 65535, "column sums of {} rows", rows);
   const Tensor partial = Tensor::empty({ranges, columns}, DType::f32, Device::cuda);
-  const auto blocks_of = [=](int64_t each) { return static_cast<unsigned>((columns + each - 1) / each); };
-  launch_blocks(sum_row_range<T>, dim3(blocks_of(32 * kPack<T>), static_cast<unsigned>(ranges)), kRowWarps * 32, 0, x,
-                rows, columns, partial.data<float>());
-  launch_blocks(sum_ranges<T>, blocks_of(32), 1024, 0, partial.data<float>(), ranges, columns, y);
+  const int64_t each = 32 * kPack<T>;
+  const dim3 blocks(static_cast<unsigned>((columns + each - 1) / each), static_cast<unsigned>(ranges));
+  launch_blocks(sum_row_range<T>, blocks, kRowWarps * 32, 0, x, rows, columns, partial.data<float>());
+  total_columns(partial, y);
 }
 #endif
 

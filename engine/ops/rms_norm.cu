@@ -118,11 +118,7 @@ __device__ void load_row(const T* from, int left, Pack<T, kN> (&to)[kPacks]) {
     }
   }
 }
-template <bool kExact, class T>
-__device__ void store_part(T* to, const Pack<T, kN>& pack, int left) {
-  kExact ? store_whole_pack(to, pack) : store_pack(to, pack, left);
-}
-// The same of what is read again much later.
+// store_part of what is read again much later.
 template <bool kExact, class T>
 __device__ void store_part_for_later(T* to, const Pack<T, kN>& pack, int left) {
   if constexpr (!kExact) return store_pack(to, pack, left);
@@ -133,7 +129,7 @@ __device__ void store_part_for_later(T* to, const Pack<T, kN>& pack, int left) {
 }
 template <bool kExact, class W>
 __device__ void load_weights(const W* w, int left, float (&to)[kN]) {
-  widen(kExact ? load_whole_pack<kN>(w) : load_pack<kN>(w, left), to);
+  widen(load_part<kExact, kN>(w, left), to);
 }
 
 // Which of a pack's elements are kept; `at` is the first one's place.
@@ -189,11 +185,11 @@ __global__ void __launch_bounds__(kThreads<kWarps>, kForwardBlocks<T, kExact>)
     if (kOfRows && before.chosen > 1) load_row<kExact, kStep>(x + rows[1] * d + column, left, other);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) widen(s[p], v[p]);
-    const auto add = [&](const Pack<T, kN>(&row)[kPacks]) {
+    const auto add = [&](const Pack<T, kN>(&more)[kPacks]) {
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) {
         float values[kN];
-        widen(row[p], values);
+        widen(more[p], values);
 #pragma unroll
         for (int j = 0; j < kN; ++j) v[p][j] += values[j];
       }

@@ -189,12 +189,7 @@ __global__ void __launch_bounds__(kWarps * 32, kWhole ? 3 : 1)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t column = (blockIdx.y * int64_t{32} + lane) * kN;
   const int64_t top = blockIdx.x * int64_t{kTile}, first = top + warp * kEach;
-  const auto load = [&](const auto* row) {
-    if constexpr (kWhole)
-      return load_whole_pack<kN>(row + column);
-    else
-      return load_pack<kN>(row + column, s.width - column);
-  };
+  const auto load = [&](const auto* row) { return load_part<kWhole, kN>(row + column, s.width - column); };
   float sum[kEach][kN] = {};
 #pragma unroll 2
   for (int64_t k = 0; k < owed.chosen; ++k) {
@@ -230,8 +225,7 @@ __global__ void __launch_bounds__(kWarps * 32, kWhole ? 3 : 1)
 #pragma unroll
   for (int r = 0; r < kEach; ++r) {
     if (first + r >= s.rows) break;
-    T* to = dx + (first + r) * s.width + column;
-    kWhole ? store_whole_pack(to, narrow<T>(sum[r])) : store_pack(to, narrow<T>(sum[r]), s.width - column);
+    store_part<kWhole>(dx + (first + r) * s.width + column, narrow<T>(sum[r]), s.width - column);
   }
 }
 

@@ -1,4 +1,4 @@
-// Part i of x is its columns [starts[i], starts[i + 1]): as they are, or y = x r w with r = 1 / sqrt(mean(x^2) + eps)
+// A part of x is some neighbouring columns: as they are, or y = x r w with r = 1 / sqrt(mean(x^2) + eps)
 // over the part. With dy w of the part as g: dx = r (g - x r^2 mean(g x)), dw = sum over rows of dy x r; dx has all
 // parts side by side.
 #include <algorithm>
@@ -10,7 +10,7 @@
 #include "engine/cpu/parallel.h"
 #include "engine/ops.h"
 #if WEFT_CUDA
-#include "engine/cuda/vector.h"
+#include "engine/ops/column_totals.h"
 #endif
 
 namespace weft {
@@ -35,7 +35,7 @@ struct Parts {
 
 // Part i of a row.
 template <class T>
-WEFT_HD void make_part(const Parts<T>& parts, const T* x, int64_t row, int i) {
+WEFT_HD void norm_part(const Parts<T>& parts, const T* x, int64_t row, int i) {
   using A = acc_t<T>;
   const Part<T>& part = parts.part[i];
   const T* s = x + row * parts.width + part.start;
@@ -49,7 +49,7 @@ WEFT_HD void make_part(const Parts<T>& parts, const T* x, int64_t row, int i) {
   for (int64_t c = 0; c < part.width; ++c) y[c] = part.weight ? T(A(s[c]) * r * part.weight[c]) : s[c];
 }
 template <class T>
-WEFT_HD void turn_part(const Parts<T>& parts, const T* x, T* dx, int64_t row, int i) {
+WEFT_HD void part_gradient(const Parts<T>& parts, const T* x, T* dx, int64_t row, int i) {
   using A = acc_t<T>;
   const Part<T>& part = parts.part[i];
   const T *s = x + row * parts.width + part.start, *dy = part.data + row * part.width;
@@ -82,7 +82,7 @@ template <class T>
 void forward(Cpu, const Parts<T>& parts, const T* x) {
   parallel_for(parts.rows * parts.count, std::max<int64_t>(1, 4096 / (parts.width + 1)),
                [=](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) make_part(parts, x, i / parts.count, static_cast<int>(i % parts.count));
+    for (int64_t i = from; i < to; ++i) norm_part(parts, x, i / parts.count, static_cast<int>(i % parts.count));
   });
 }
 // x and dw [width of x] are null where no part has a weight.
@@ -90,7 +90,7 @@ template <class T>
 void backward(Cpu, const Parts<T>& parts, const T* x, T* dx, acc_t<T>* dw) {
   parallel_for(parts.rows * parts.count, std::max<int64_t>(1, 4096 / (parts.width + 1)),
                [=](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) turn_part(parts, x, dx, i / parts.count, static_cast<int>(i % parts.count));
+    for (int64_t i = from; i < to; ++i) part_gradient(parts, x, dx, i / parts.count, static_cast<int>(i % parts.count));
   });
   if (dw)
     parallel_for(parts.width, 16, [=](int64_t from, int64_t to) {
@@ -205,32 +205,17 @@ __global__ void __launch_bounds__(kThreads) split_backward(const __grid_constant
     partial[blockIdx.x * parts.width + part.start + column] = total;
   }
 }
-// One block sums 32 columns of the partial sums.
-__global__ void __launch_bounds__(1024) split_total_w(const float* partial, float* dw, int64_t strips, int64_t width) {
-  __shared__ float sums[32][33];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t column = blockIdx.x * int64_t{32} + lane;
-  float sum = 0;
-  if (column < width) {
-#pragma unroll 8
-    for (int64_t s = warp; s < strips; s += 32) sum += partial[s * width + column];
-  }
-  sums[warp][lane] = sum;
-  __syncthreads();
-  sum = warp_sum(sums[lane][warp]);
-  if (const int64_t c = blockIdx.x * int64_t{32} + warp; lane == 0 && c < width) dw[c] = sum;
-}
 
 // For parts that are no whole packs, or a row that is too wide.
 template <class T>
 __global__ void split_forward_parts(Parts<T> parts, const T* x) {
   if (const int64_t i = element_index(); i < parts.rows * parts.count)
-    make_part(parts, x, i / parts.count, static_cast<int>(i % parts.count));
+    norm_part(parts, x, i / parts.count, static_cast<int>(i % parts.count));
 }
 template <class T>
 __global__ void split_backward_parts(Parts<T> parts, const T* x, T* dx) {
   if (const int64_t i = element_index(); i < parts.rows * parts.count)
-    turn_part(parts, x, dx, i / parts.count, static_cast<int>(i % parts.count));
+    part_gradient(parts, x, dx, i / parts.count, static_cast<int>(i % parts.count));
 }
 template <class T>
 __global__ void split_backward_w(Parts<T> parts, const T* x, float* dw) {
@@ -273,9 +258,7 @@ void backward(Cuda, const Parts<T>& parts, const T* x, T* dx, float* dw) {
     if (dw) partial = Tensor::empty(Shape{blocks, parts.width}, DType::f32, Device::cuda);
     launch_blocks(split_backward<T, kPacks>, dim3(blocks, parts.count), kThreads, 0, parts, x, dx,
                   partial.data<float>());
-    if (dw)
-      launch_blocks(split_total_w, static_cast<unsigned>((parts.width + 31) / 32), 1024, 0,
-                    static_cast<const float*>(partial.data<float>()), dw, blocks, parts.width);
+    if (dw) total_columns(partial, dw);
   });
   if (done) return;
   launch_elements(split_backward_parts<T>, parts.rows * parts.count, parts, x, dx);

@@ -139,7 +139,7 @@ __global__ void adamw_begin(Progress* p, const UpdateState* state, AdamWOptions 
 }
 __global__ void __launch_bounds__(kThreads) adamw_update(const __grid_constant__ Batch batch, const Progress* p) {
   if (!p->applies) return;
-  const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);  // the last gradients are in L2, from their norm
+  const int block = static_cast<int>(blockIdx.x);
   int low = 0, high = batch.count - 1;  // the last tensor whose first block is not after this one
   while (low < high) {
     const int middle = (low + high + 1) / 2;

@@ -164,7 +164,7 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
   };
   attention("attention, forward", 2 * pairs * (key_width + value_width), key_bytes + 2 * value_bytes);
   attention("attention, backward", 2 * pairs * (3 * key_width + 2 * value_width), 2 * key_bytes + 4 * value_bytes);
-  works.avoidable_pass("rotary, splits", layers * 4 * key_bytes);  // queries and keys, turned in place each way
+  works.avoidable_pass("rotary, splits", layers * 2 * key_bytes);  // queries and keys, turned in place; not those back
 
   works.pass("routing", layers * s * d * (3 * n + rows));  // x read; x and the gradients of its rows read, dx written
   works.pass("expert rows", layers * s * d * (n + rows));  // x read, its rows written
