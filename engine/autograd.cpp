@@ -17,16 +17,19 @@ WorkObserver work_observer;
 
 // Adds dy to the node's sum. A leaf's sum is its own memory: dy's if no one else holds that. Any other node first
 // borrows dy, and adds in place only while nothing else holds it: an op may hand one dy to several inputs.
+// A leaf's first gradient keeps the sums of its squares that came with it.
 void accumulate(Node& node, const Tensor& dy) {
   check(dy.shape() == node.shape, "the gradient of {}'s output has shape {}, its value {}", node.op, dy.shape().str(),
         node.shape.str());
   if (node.grad && (node.leaf || node.grad.sole_owner())) {
     add_into(node.grad, dy);
+    node.grad.set_squares({});
   } else if (node.grad) {
     node.grad = add(node.grad, dy.dtype() == node.grad.dtype() ? dy : cast(dy, node.grad.dtype()));
   } else if (node.leaf && dy.sole_owner() &&
              (dy.dtype() == node.dtype || (node.narrow_sums && size_of(dy.dtype()) < size_of(node.dtype)))) {
     node.grad = dy.detached();
+    if (dy.squares()) node.grad.set_squares(*dy.squares());
     allocator(dy.device()).relabel(dy.raw(), Category::gradient, node.layer);
   } else if (node.leaf) {
     MemoryScope scope(Category::gradient, node.layer);

@@ -83,6 +83,7 @@ Tensor Tensor::view(const Shape& shape) const {
 Tensor Tensor::detached() const {
   Tensor t = *this;
   t.node_ = nullptr;
+  t.squares_ = nullptr;
   return t;
 }
 
@@ -90,6 +91,12 @@ Tensor Tensor::grad() const { return node_ ? node_->grad : Tensor{}; }
 
 void Tensor::clear_grad() const {
   if (node_) node_->grad = {};
+}
+
+void Tensor::set_squares(const Tensor& squares) {
+  check(!squares || (squares.dtype() == DType::f32 && squares.numel() > 0 && squares.device() == device()),
+        "sums of squares are f32 on the tensor's device, found {} {}", name_of(squares.dtype()), squares.shape().str());
+  squares_ = squares ? std::make_shared<const Tensor>(squares.detached()) : nullptr;
 }
 
 }  // namespace weft

@@ -73,7 +73,7 @@ class Tensor {
   static Tensor joined(const std::vector<Tensor>& parts);
   // The same elements under another shape, sharing data, without a node; ops.h has the differentiable reshape.
   Tensor view(const Shape& shape) const;
-  // This data without its node.
+  // This data without its node and its sums of squares.
   Tensor detached() const;
   // True when no other tensor shares the data, so it may be overwritten.
   bool sole_owner() const { return storage_.use_count() == 1; }
@@ -85,6 +85,10 @@ class Tensor {
   // The gradient that backward left on a leaf; no tensor before that.
   Tensor grad() const;
   void clear_grad() const;
+  // The sums of squares of fixed parts of the elements, f32, where the kernel that wrote them gave those along: for
+  // squared_norm. Copies of this tensor have them, tensors made from it do not; who writes into it takes them off.
+  const Tensor* squares() const { return squares_.get(); }
+  void set_squares(const Tensor& squares);
 
  private:
   std::shared_ptr<Storage> storage_;
@@ -92,6 +96,7 @@ class Tensor {
   Shape shape_;
   DType dtype_ = DType::f32;
   std::shared_ptr<Node> node_;
+  std::shared_ptr<const Tensor> squares_;
 };
 
 }  // namespace weft

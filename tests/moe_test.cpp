@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/ops.h"
+#include "engine/ops/grouped_matmul_kernels.h"
 #include "tests/tolerance.h"
 
 using namespace weft;
@@ -187,6 +188,37 @@ void mlp_holds(const std::vector<int64_t>& rows_of, int64_t d, int64_t f, double
   CHECK(evaluate(DType::bf16, Device::cuda) == found);  // the same bits again
 }
 
+// The sums of squares that come with a weight gradient in bf16 on the GPU, against the gradient itself.
+void squares_hold(const std::vector<int64_t>& rows_of, int64_t inputs, int64_t outputs) {
+  const int64_t experts = static_cast<int64_t>(rows_of.size());
+  const Routing r = routing_of(rows_of, Device::cuda);
+  const int64_t rows = r.sources.numel();
+  INFO(rows, " rows, ", experts, " experts, ", inputs, " -> ", outputs);
+  const Tensor x = typed(draw(rows * inputs, 1), {rows, inputs}, DType::bf16, Device::cuda);
+  const Tensor dy = typed(draw(rows * outputs, 2), {rows, outputs}, DType::bf16, Device::cuda);
+  Tensor dw = Tensor::empty({experts, outputs, inputs}, DType::bf16, Device::cuda);
+  multiply_weight_gradient(dy, x, dw, r.offsets);
+  if (!dw.squares()) {
+    MESSAGE("no sums of squares: this GPU or this build has no warpgroups");
+    return;
+  }
+  const int64_t high = (outputs + 63) / 64, wide = (inputs + 63) / 64;
+  REQUIRE(dw.squares()->shape() == Shape({experts, high, wide}));
+  const std::vector<double> values = values_of(dw), found = values_of(*dw.squares());
+  std::vector<double> expected(found.size());
+  for (int64_t e = 0; e < experts; ++e)
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t i = 0; i < inputs; ++i) {
+        const double v = values[(e * outputs + o) * inputs + i];
+        expected[(e * high + o / 64) * wide + i / 64] += v * v;
+      }
+  int64_t wrong = 0;
+  for (size_t i = 0; i < found.size(); ++i) wrong += !(std::abs(found[i] - expected[i]) <= 1e-5 * expected[i]);
+  CHECK(wrong == 0);
+  multiply_weight_gradient(dy, x, dw, r.offsets);
+  CHECK(values_of(*dw.squares()) == found);  // the same bits again
+}
+
 TEST_CASE("routing: invariants, ties, one expert") { all_routings_hold(Device::cpu); }
 TEST_CASE("routing: logits that are nan") { nan_logits_choose_different_experts(Device::cpu); }
 TEST_CASE("grouped_matmul: empty experts, ragged rows, odd sizes") { all_products_hold(Device::cpu); }
@@ -217,5 +249,14 @@ TEST_SUITE("cuda") {
     mlp_holds({300, 0, 211}, 136, 264, 0.1);
     mlp_holds({17, 40}, 33, 20, 0.1);  // no multiple of 8: the ops one by one
     mlp_holds({0, 0}, 16, 8, 0.1);
+  }
+  TEST_CASE("weight gradients on the GPU bring their sums of squares: empty experts, ragged rows, odd sizes") {
+    squares_hold({0, 0, 131, 0}, 24, 40);
+    squares_hold({0, 259, 0}, 72, 328);
+    squares_hold({1, 127, 128, 129, 0, 3}, 64, 128);
+    squares_hold({65, 63, 1, 0, 7}, 520, 16);
+    squares_hold({300, 0, 211}, 136, 264);
+    squares_hold({90, 0, 1, 64, 33, 7, 200, 5}, 264, 1032);  // more tiles than multiprocessors
+    squares_hold({0, 96, 32, 128, 1, 255, 0, 64}, 768, 1536);
   }
 }

@@ -154,6 +154,79 @@ void check_clipping(Device device) {
   CHECK(clip.read().step == 2);
 }
 
+Tensor sums_of_squares(const Tensor& x, int64_t parts) {
+  const std::vector<float> values = x.to_vector<float>();
+  const int64_t n = x.numel();
+  std::vector<float> sums;
+  for (int64_t p = 0; p < parts; ++p) {
+    double total = 0;
+    for (int64_t i = p * n / parts; i < (p + 1) * n / parts; ++i) total += double{values[i]} * values[i];
+    sums.push_back(static_cast<float>(total));
+  }
+  return Tensor::from(sums, {parts}, x.device());
+}
+
+// Gradients that bring the sums of their squares, against the same ones that do not.
+void check_squares_given_along(Device device) {
+  const std::vector<int64_t> sizes = {3, 70'000, 768, 200'000, 130'000}, parts = {0, 7, 0, 37, 1};
+  std::vector<Tensor> leaves, references;
+  for (const int64_t n : sizes)
+    for (auto* const list : {&leaves, &references}) list->push_back(leaf(Tensor::zeros({n}, DType::f32, device)));
+  const auto give = [&](const Tensor& w, uint64_t stream, int64_t sums) {
+    backward(record("gives", Tensor::zeros({}, DType::f32, device), {w}, [=](const Tensor&) -> Gradients {
+      Tensor dw = random_tensor(w.shape(), stream, device);
+      if (sums > 0) dw.set_squares(sums_of_squares(dw, sums));
+      return {dw};
+    }));
+  };
+  const auto micro_batch = [&](uint64_t stream) {
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      give(leaves[i], stream + i, parts[i]);
+      give(references[i], stream + i, 0);
+    }
+  };
+  const auto measure = [](const std::vector<Tensor>& of) {
+    GradientClip clip(of, 1);
+    clip.measure();
+    return clip.read();
+  };
+  const auto same_norms = [&] {
+    const UpdateState found = measure(leaves), expected = measure(references);
+    CHECK(found.norm == doctest::Approx(expected.norm).epsilon(1e-6));
+    CHECK(found.grad_scale == doctest::Approx(expected.grad_scale).epsilon(1e-6));
+    CHECK(found.finite == 1);
+  };
+  micro_batch(100);
+  same_norms();
+  const float norm = measure(leaves).norm;
+  CHECK(measure(leaves).norm == norm);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    CHECK((leaves[i].grad().squares() != nullptr) == (parts[i] > 0));
+    CHECK(leaves[i].grad().view({1, sizes[i]}).squares() == nullptr);
+    CHECK(references[i].grad().squares() == nullptr);
+  }
+  micro_batch(200);  // the sums of two gradients' squares say nothing of their sum's
+  for (const Tensor& w : leaves) CHECK(w.grad().squares() == nullptr);
+  same_norms();
+
+  // The first gradient that is not finite is found by the sums alone.
+  for (const auto* const list : {&leaves, &references})
+    for (const Tensor& w : *list) w.clear_grad();
+  micro_batch(100);
+  const double infinity = std::numeric_limits<double>::infinity();
+  fill(leaves[1].grad(), 0);  // no one reads it
+  CHECK(measure(leaves).norm == norm);
+  fill(leaves[3].grad().squares()->rows(36, 37), infinity);
+  fill(leaves[4].grad().squares()->rows(0, 1), std::numeric_limits<double>::quiet_NaN());
+  fill(references[3].grad().rows(199'999, 200'000), infinity);
+  for (const auto* const list : {&leaves, &references}) {
+    CHECK(measure(*list).finite == 0);
+    CHECK(measure(*list).parameter == 3);
+  }
+  fill(leaves[2].grad().rows(0, 1), infinity);
+  CHECK(measure(leaves).parameter == 2);
+}
+
 void check_same_on_gpu(const Shape& shape, DType compute, double tolerance) {
   const Tensor grad = random_tensor(shape, 3);
   const Tensor expected = muon_update(grad);
@@ -195,6 +268,8 @@ TEST_CASE("AdamW follows its formula") {
 TEST_CASE("AdamW takes bf16 gradients and writes bf16 copies") { check_adamw_in_bf16(Device::cpu); }
 TEST_CASE("Muon takes bf16 gradients and writes bf16 copies") { check_muon_in_bf16(Device::cpu); }
 TEST_CASE("clipping measures the gradients and stops at what is not finite") { check_clipping(Device::cpu); }
+
+TEST_CASE("clipping takes the sums of squares that gradients bring") { check_squares_given_along(Device::cpu); }
 
 TEST_CASE("a leaf's gradient shares memory with nothing else") {
   const Tensor value = random_tensor({64}, 1);
@@ -320,6 +395,9 @@ TEST_SUITE("cuda") {
   TEST_CASE("Muon takes bf16 gradients and writes bf16 copies on the GPU") { check_muon_in_bf16(Device::cuda); }
   TEST_CASE("clipping measures the gradients and stops at what is not finite on the GPU") {
     check_clipping(Device::cuda);
+  }
+  TEST_CASE("clipping takes the sums of squares that gradients bring on the GPU") {
+    check_squares_given_along(Device::cuda);
   }
   TEST_CASE("Muon on the GPU is Muon on the CPU") {
     for (const Shape& shape : {Shape{8, 40}, Shape{40, 8}, Shape{300, 300}, Shape{3, 64, 128}}) {

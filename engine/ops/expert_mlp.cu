@@ -221,7 +221,8 @@ Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const T
       "expert_mlp", y, {x, up, down, weights},
       [gathered, up = up.detached(), down = down.detached(), weights = weights.detached(), h, r, p, key,
        x_node = x.node()](const Tensor& dy) -> Gradients {
-        const Tensor dup = Tensor::like(up), ddown = Tensor::like(down), dweights = Tensor::like(weights);
+        Tensor dup = Tensor::like(up), ddown = Tensor::like(down);
+        const Tensor dweights = Tensor::like(weights);
         const Tensor dh = h.sole_owner() ? h : Tensor::like(h);
         {
           const Tensor da = Tensor::like(h), &a = da;  // in turn
@@ -230,9 +231,9 @@ Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const T
             backward(device, activation, da.data<T>(), h.data<T>(), dh.data<T>(),
                      dweights.data<acc_t<T>>());
           });
-          multiply_grouped(GroupedProduct::weight_gradient, dy, a, ddown, r.offsets);
+          multiply_weight_gradient(dy, a, ddown, r.offsets);
         }
-        multiply_grouped(GroupedProduct::weight_gradient, dh, gathered, dup, r.offsets);
+        multiply_weight_gradient(dh, gathered, dup, r.offsets);
         const Tensor dgathered = gathered.sole_owner() ? gathered : Tensor::like(gathered);
         multiply_grouped(GroupedProduct::input_gradient, dh, up, dgathered, r.offsets);
         Tensor dx;

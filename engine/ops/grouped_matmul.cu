@@ -1,6 +1,7 @@
 // y = x w[e]^T for the rows of each expert e; dx = dy w[e]; dw[e] = dy^T x over those rows, zero where there are none.
 #include <algorithm>
 
+#include "engine/allocator.h"
 #include "engine/cpu/gemm.h"
 #include "engine/ops/grouped_matmul_kernels.h"
 #include "engine/ops/routing.h"
@@ -13,8 +14,9 @@ namespace {
 
 using Product = GroupedProduct;
 
+// Whether g.squares were written.
 template <class T>
-void multiply(Cpu, Product product, const Grouped<T>& g) {
+bool multiply(Cpu, Product product, const Grouped<T>& g) {
   for (int64_t e = 0; e < g.experts; ++e) {
     const int64_t first = g.offsets[e], rows = g.offsets[e + 1] - first, matrix = e * g.outputs * g.inputs;
     constexpr DType kType = dtype_of<T>;
@@ -30,6 +32,7 @@ void multiply(Cpu, Product product, const Grouped<T>& g) {
       gemm(Cpu{}, {.a = g.a + first * g.outputs, .b = g.b + matrix, .c = g.c + first * g.inputs, .dtype = kType,
                    .m = rows, .n = g.inputs, .k = g.outputs});
   }
+  return false;
 }
 
 #if WEFT_CUDA
@@ -104,32 +107,52 @@ __global__ void __launch_bounds__(kThreads, 2) grouped_matmul_simt(Grouped<T> g)
 }
 
 template <class T>
-void multiply(Cuda, Product product, const Grouped<T>& g) {
-  if constexpr (std::is_same_v<T, bf16>)
-    if (grouped_matmul_warpgroup(product, g) || grouped_matmul_mma(product, g)) return;
+bool multiply(Cuda, Product product, const Grouped<T>& g) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (grouped_matmul_warpgroup(product, g)) return g.squares != nullptr;
+    if (grouped_matmul_mma(product, g)) return false;
+  }
   const int64_t blocks = grouped_blocks(product, g.rows, g.inputs, g.outputs, g.experts, kTile, kTile);
   const auto kernel = product == Product::forward          ? grouped_matmul_simt<Product::forward, T>
                       : product == Product::input_gradient ? grouped_matmul_simt<Product::input_gradient, T>
                                                            : grouped_matmul_simt<Product::weight_gradient, T>;
   launch_blocks(kernel, static_cast<unsigned>(blocks), kThreads, 0, g);
+  return false;
 }
 #endif
+
+bool multiply(GroupedProduct product, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& offsets,
+              const Tensor& squares) {
+  const int64_t inputs = product == Product::forward ? a.size(1) : product == Product::input_gradient ? c.size(1)
+                                                                                                      : b.size(1);
+  bool squared = false;
+  on_device(a.device(), [&](auto device) {
+    dispatch(device, a.dtype(), [&]<class T>() {
+      squared = multiply(
+          device, product,
+          Grouped<T>{.a = a.data<T>(), .b = b.data<T>(), .c = c.data<T>(), .offsets = offsets.data<int32_t>(),
+                     .rows = a.size(0), .inputs = inputs,
+                     .outputs = product == Product::forward ? c.size(1) : a.size(1), .experts = offsets.numel() - 1,
+                     .squares = squares.data<float>()});
+    });
+  });
+  return squared;
+}
 
 }  // namespace
 
 void multiply_grouped(GroupedProduct product, const Tensor& a, const Tensor& b, const Tensor& c,
                       const Tensor& offsets) {
-  const int64_t inputs = product == Product::forward ? a.size(1) : product == Product::input_gradient ? c.size(1)
-                                                                                                      : b.size(1);
-  on_device(a.device(), [&](auto device) {
-    dispatch(device, a.dtype(), [&]<class T>() {
-      multiply(device, product,
-               Grouped<T>{.a = a.data<T>(), .b = b.data<T>(), .c = c.data<T>(), .offsets = offsets.data<int32_t>(),
-                          .rows = a.size(0), .inputs = inputs,
-                          .outputs = product == Product::forward ? c.size(1) : a.size(1),
-                          .experts = offsets.numel() - 1});
-    });
-  });
+  multiply(product, a, b, c, offsets, {});
+}
+
+void multiply_weight_gradient(const Tensor& dy, const Tensor& x, Tensor& dw, const Tensor& offsets) {
+  Tensor squares;
+  if (dw.device() == Device::cuda && dw.dtype() == DType::bf16) {
+    const MemoryScope memory(Category::gradient);
+    squares = Tensor::empty({dw.size(0), (dw.size(1) + 63) / 64, (dw.size(2) + 63) / 64}, DType::f32, dw.device());
+  }
+  if (multiply(Product::weight_gradient, dy, x, dw, offsets, squares)) dw.set_squares(squares);
 }
 
 Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r) {

@@ -15,10 +15,14 @@ struct Grouped {
   T* c;                    // y; dx; dw
   const int32_t* offsets;  // [E + 1], where the kernel runs
   int64_t rows, inputs, outputs, experts;
+  // [E, ceil(outputs / 64), ceil(inputs / 64)] or null: the warpgroup kernel's sums of squares of 64 x 64 of dw each
+  float* squares = nullptr;
 };
 
 // c = the product of a and b, which are as in Grouped; sizes are checked by the caller.
 void multiply_grouped(GroupedProduct product, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& offsets);
+// The weight gradient, which gets Tensor::squares where the warpgroup kernel writes it.
+void multiply_weight_gradient(const Tensor& dy, const Tensor& x, Tensor& dw, const Tensor& offsets);
 
 // The kernels of sm_90a and of sm_80; false where the GPU, the sizes or the addresses do not suit them.
 bool grouped_matmul_warpgroup(GroupedProduct product, const Grouped<bf16>& g);

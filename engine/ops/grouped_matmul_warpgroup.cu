@@ -18,6 +18,7 @@ namespace {
 struct Sizes {
   const int32_t* offsets;  // [E + 1], on the device
   int inputs, outputs, experts;
+  float* squares;  // as in Grouped
 };
 
 constexpr int kTileM = 128, kTileN = 256, kDepth = kBoxSide, kStages = 3, kThreads = 384;
@@ -196,28 +197,52 @@ __device__ void hand_over(const float (&sums)[32][4], bf16* pieces, Barriers& ba
   place.advance<kPieces>();
 }
 
-// The work of the warp that writes the tiles of one warpgroup.
+__device__ float sum_squares(const uint4& eight) {
+  float total = 0;
+#pragma unroll
+  for (const uint32_t two : {eight.x, eight.y, eight.z, eight.w}) {
+    const float low = __uint_as_float(two << 16), high = __uint_as_float(two & 0xffff0000u);
+    total += low * low + high * high;
+  }
+  return total;
+}
+
+// The work of the warp that writes the tiles of one warpgroup. A weight gradient is squared on the way, for the norm
+// that clips gradients; each 64 x 64 of it has a sum of its own, whose order no cut of the last round changes.
 template <GroupedProduct kProduct>
 __device__ void write_tiles(int group, const Sizes& g, const bf16* pieces, Barriers& barriers, bf16* c) {
   const int lane = threadIdx.x % 32, width = kProduct == GroupedProduct::forward ? g.outputs : g.inputs;
+  constexpr bool kWeight = kProduct == GroupedProduct::weight_gradient;
+  const bool squared = kWeight && g.squares;
+  constexpr int kUnroll = kWeight ? 2 : 4;  // 4 and squares spill
   Walk<kProduct> walk(g);
   Place place;
   for (Tile t; walk.next(t);) {
     const int rows = min(t.rows - group * 64, 64);
     if (rows <= 0) continue;
-    const int64_t first = kProduct == GroupedProduct::weight_gradient ? int64_t{t.expert} * g.outputs : t.first;
+    const int64_t first = kWeight ? int64_t{t.expert} * g.outputs : t.first;
     for (int done = 0; done < t.width; done += kPieceColumns, place.advance<kPieces>()) {
       const int part = lane % 16 * 8, column = t.column + done + part;
       const bf16* const from = pieces + place.stage * kPieceElements + part;
       bf16* const to = c + (first + t.row + group * 64) * width + column;
+      const bool mine = part < t.width && column < width;
+      float squares = 0;
       wait_barrier(&barriers.finished[group][place.stage], place.parity);
-      if (part < t.width && column < width)
-#pragma unroll 4
-        for (int row = lane / 16; row < rows; row += 2)
-          *reinterpret_cast<uint4*>(to + int64_t{row} * width) =
-              *reinterpret_cast<const uint4*>(from + row * kPieceStride);
+      if (mine)
+#pragma unroll kUnroll
+        for (int row = lane / 16; row < rows; row += 2) {
+          const uint4 eight = *reinterpret_cast<const uint4*>(from + row * kPieceStride);
+          *reinterpret_cast<uint4*>(to + int64_t{row} * width) = eight;
+          if (squared) squares += sum_squares(eight);
+        }
       __syncwarp();
       if (lane == 0) arrive(&barriers.written[group][place.stage]);
+      if constexpr (kWeight) {
+#pragma unroll
+        for (const int other : {1, 2, 4, 16}) squares += __shfl_xor_sync(~0u, squares, other);
+        const int64_t row = int64_t{t.expert} * ((g.outputs + 63) / 64) + t.row / 64 + group;
+        if (squared && mine && lane % 8 == 0 && lane < 16) g.squares[row * ((width + 63) / 64) + column / 64] = squares;
+      }
     }
   }
 }
@@ -302,7 +327,8 @@ void launch(const Grouped<bf16>& g) {
                 box_map(g.a, 1, g.rows, forward ? g.inputs : g.outputs),
                 of_rows ? box_map(g.b, 1, g.rows, g.inputs) : box_map(g.b, g.experts, g.outputs, g.inputs),
                 Sizes{.offsets = g.offsets, .inputs = static_cast<int>(g.inputs),
-                      .outputs = static_cast<int>(g.outputs), .experts = static_cast<int>(g.experts)},
+                      .outputs = static_cast<int>(g.outputs), .experts = static_cast<int>(g.experts),
+                      .squares = g.squares},
                 g.c);
 }
 

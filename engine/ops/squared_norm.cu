@@ -13,9 +13,20 @@ namespace {
 
 constexpr int64_t kRange = 65536;  // elements summed by one block
 
+WEFT_HD inline float add_share(const float* squares, int64_t n, int64_t range, int64_t ranges) {
+  float total = 0;
+  for (int64_t i = range * n / ranges; i < (range + 1) * n / ranges; ++i) total += squares[i];
+  return total;
+}
+
 void sum_ranges(Cpu, const std::vector<Tensor>& xs, float* sums) {
   for (const Tensor& x : xs) {
     const int64_t count = square_range_count(x.numel());
+    if (const Tensor* parts = x.squares()) {
+      for (int64_t r = 0; r < count; ++r) sums[r] = add_share(parts->data<float>(), parts->numel(), r, count);
+      sums += count;
+      continue;
+    }
     dispatch(Cpu{}, x.dtype(), [&]<class T>() {
       parallel_for(count, 1, [sums, values = x.data<T>(), n = x.numel()](int64_t from, int64_t to) {
         for (int64_t r = from; r < to; ++r) {
@@ -41,11 +52,13 @@ void add_ranges(Cpu, const float* sums, int64_t n, float* y) {
 constexpr int kTensors = 512;  // per launch: their table must fit a kernel's 32 KB of arguments
 constexpr int kThreads = 512;
 
+enum class Values : uint8_t { f32, bf16, squares };  // squares: all of a tensor in one block
+
 struct Table {
   const void* data[kTensors];
   int64_t n[kTensors];
-  int first_block[kTensors + 1];
-  bool is_bf16[kTensors];
+  int first_block[kTensors + 1], first_range[kTensors + 1];
+  Values values[kTensors];
   int tensors = 0;
 };
 
@@ -77,12 +90,19 @@ __global__ void sum_square_ranges(const __grid_constant__ Table table, float* su
     if (table.first_block[middle] <= static_cast<int>(blockIdx.x)) low = middle;
     else high = middle - 1;
   }
-  const int64_t from = (static_cast<int>(blockIdx.x) - table.first_block[low]) * kRange;
-  const int64_t n = min(kRange, table.n[low] - from);
-  float total = table.is_bf16[low] ? square_range(static_cast<const bf16*>(table.data[low]) + from, n)
-                                   : square_range(static_cast<const float*>(table.data[low]) + from, n);
+  sums += table.first_range[low];
+  if (table.values[low] == Values::squares) {
+    const int ranges = table.first_range[low + 1] - table.first_range[low];
+    for (int r = threadIdx.x; r < ranges; r += kThreads)
+      sums[r] = add_share(static_cast<const float*>(table.data[low]), table.n[low], r, ranges);
+    return;
+  }
+  const int range = static_cast<int>(blockIdx.x) - table.first_block[low];
+  const int64_t from = range * kRange, n = min(kRange, table.n[low] - from);
+  float total = table.values[low] == Values::bf16 ? square_range(static_cast<const bf16*>(table.data[low]) + from, n)
+                                                  : square_range(static_cast<const float*>(table.data[low]) + from, n);
   total = block_sum<kThreads>(total);
-  if (threadIdx.x == 0) sums[blockIdx.x] = total;
+  if (threadIdx.x == 0) sums[range] = total;
 }
 __global__ void add_square_ranges(const float* sums, int64_t n, float* y) {
   double total = 0;
@@ -96,9 +116,9 @@ void sum_ranges(Cuda, const std::vector<Tensor>& xs, float* sums) {
   Table table;
   const auto flush = [&] {
     if (table.tensors == 0) return;
-    const int here = table.first_block[table.tensors];
-    launch_blocks(sum_square_ranges, dim3(static_cast<unsigned>(here)), kThreads, 0, table, sums + done);
-    done += here;
+    launch_blocks(sum_square_ranges, dim3(static_cast<unsigned>(table.first_block[table.tensors])), kThreads, 0, table,
+                  sums + done);
+    done += table.first_range[table.tensors];
     table.tensors = 0;
   };
   for (const Tensor& x : xs) {
@@ -106,11 +126,14 @@ void sum_ranges(Cuda, const std::vector<Tensor>& xs, float* sums) {
           name_of(x.dtype()));
     if (x.numel() == 0) continue;
     const int i = table.tensors++;
-    if (i == 0) table.first_block[0] = 0;
-    table.data[i] = x.raw();
-    table.n[i] = x.numel();
-    table.is_bf16[i] = x.dtype() == DType::bf16;
-    table.first_block[i + 1] = table.first_block[i] + static_cast<int>(square_range_count(x.numel()));
+    if (i == 0) table.first_block[0] = table.first_range[0] = 0;
+    const Tensor* const squares = x.squares();
+    const int ranges = static_cast<int>(square_range_count(x.numel()));
+    table.data[i] = squares ? squares->raw() : x.raw();
+    table.n[i] = squares ? squares->numel() : x.numel();
+    table.values[i] = squares ? Values::squares : x.dtype() == DType::bf16 ? Values::bf16 : Values::f32;
+    table.first_block[i + 1] = table.first_block[i] + (squares ? 1 : ranges);
+    table.first_range[i + 1] = table.first_range[i] + ranges;
     if (table.tensors == kTensors) flush();
   }
   flush();

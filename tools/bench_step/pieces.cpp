@@ -180,7 +180,6 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
   works.products("head", n, d, v, 1, 1);
   works.pass("cross-entropy", 2 * s * n * v);  // logits read, their gradient written over them
   if (size.value_bytes != 4) works.avoidable_pass("weight casts", (4 + s) * matrices);
-  works.avoidable_pass("gradient norm", s * parameters);
   // w, m, v and the gradient read; w, m, v and, where products read another type, a copy of w in it written.
   works.pass("optimizer", (24 + s + (s == 4 ? 0 : s)) * parameters);
   return std::move(works.all);
