@@ -40,6 +40,11 @@ void accumulate(Node& node, const Tensor& dy) {
   }
 }
 
+Node& node_of(const Tensor& leaf) {
+  check(leaf.node() && leaf.node()->leaf, "a leaf is needed, found {} {}", name_of(leaf.dtype()), leaf.shape().str());
+  return *leaf.node();
+}
+
 }  // namespace
 
 NoGrad::NoGrad() : before_(recording) { recording = false; }
@@ -87,25 +92,46 @@ Tensor leaf(const Tensor& x) {
   return t;
 }
 
+Tensor split_leaf(const Tensor& values) {
+  const Tensor t = leaf(Tensor::empty(values.shape(), DType::bf16, values.device()));
+  t.node()->dtype = DType::f32;
+  t.node()->rest = Tensor::empty(values.shape(), DType::u16, values.device());
+  set_master_value(t, values);
+  return t;
+}
+
+Tensor master_value(const Tensor& leaf) {
+  const Node& node = node_of(leaf);
+  if (!node.rest) return leaf.detached();
+  const Tensor values = Tensor::empty(leaf.shape(), node.dtype, leaf.device());
+  join_halves(values, leaf, node.rest);
+  return values;
+}
+
+void set_master_value(const Tensor& leaf, const Tensor& values) {
+  const Node& node = node_of(leaf);
+  if (node.rest) return split_halves(values, leaf, node.rest);
+  copy_into(leaf, values);
+  if (node.copy) copy_into(node.copy, values);
+}
+
+void sum_gradients(const Tensor& leaf, GradientSums sums) {
+  node_of(leaf).narrow_sums = sums == GradientSums::as_given;
+}
+
 void observe_work(WorkObserver observer) { work_observer = std::move(observer); }
 
 void queued(const char* name, const Shape& output, Work work) {
   if (work_observer) work_observer(name, output, work);
 }
 
-void keep_copy(const Tensor& leaf, DType dtype, GradientSums sums) {
-  check(leaf.node() && leaf.node()->leaf && size_of(dtype) < size_of(leaf.dtype()),
-        "a copy in {} is kept of a leaf in a wider dtype, found {} {}", name_of(dtype), name_of(leaf.dtype()),
-        leaf.shape().str());
-  Node& node = *leaf.node();
+void keep_copy(const Tensor& leaf, DType dtype) {
+  Node& node = node_of(leaf);
+  check(size_of(dtype) < size_of(leaf.dtype()), "a copy in {} is kept of a leaf in a wider dtype, found {} {}",
+        name_of(dtype), name_of(leaf.dtype()), leaf.shape().str());
   const MemoryScope scope(Category::parameter, node.layer);
   node.copy = Tensor::empty(leaf.shape(), dtype, leaf.device());
-  node.narrow_sums = sums == GradientSums::as_given;
-  refresh_copy(leaf);
-}
-
-void refresh_copy(const Tensor& leaf) {
-  if (leaf.node() && leaf.node()->copy) copy_into(leaf.node()->copy, leaf.detached());
+  copy_into(node.copy, leaf.detached());
 }
 
 void join_copies(const std::vector<Tensor>& leaves) {
@@ -121,7 +147,7 @@ void join_copies(const std::vector<Tensor>& leaves) {
   const std::vector<Tensor> parts = Tensor::empty({elements}, first.copy.dtype(), first.copy.device()).cut(shapes);
   for (size_t i = 0; i < leaves.size(); ++i) {
     leaves[i].node()->copy = parts[i];
-    refresh_copy(leaves[i]);
+    copy_into(parts[i], leaves[i].detached());
   }
 }
 

@@ -25,6 +25,7 @@ struct Node {
   bool leaf = false;
   const char* layer = "";  // the memory scope's where the op ran
   Tensor copy;             // of a leaf: its values in a narrower dtype (keep_copy)
+  Tensor rest;             // of a split leaf: what its values in bf16 lack of those in f32 (split_leaf)
   bool narrow_sums = false;
 
   // A part that grad still lacks: sum(), of the rows [N*K, D] that slots [N, K] give each of its own. Whoever runs
@@ -52,12 +53,23 @@ std::vector<Tensor> record_joint(const char* op, std::vector<Tensor> ys, const s
 // grad() itself, without a copy, where nothing else holds it.
 Tensor leaf(const Tensor& x);
 
+// A leaf of these f32 values for ops that run in bf16: its tensor holds the bf16 nearest to each, its node the other 16
+// bits (Halves in engine/dtype.h). Both are the f32 master value, to its last bit, in the memory of that value alone,
+// where a leaf that keeps a copy takes half as much again. To its optimizer and its gradients' sums it is an f32 leaf.
+Tensor split_leaf(const Tensor& values);
+
+// The values of any leaf in its own dtype, f32 of a split one. Not to be written into.
+Tensor master_value(const Tensor& leaf);
+// Writes them, and the copy where the leaf keeps one.
+void set_master_value(const Tensor& leaf, const Tensor& values);
+
 // What a leaf adds its gradients up in: its own dtype, or that of the first, if narrower: right where one is all.
 enum class GradientSums : uint8_t { own, as_given };
+void sum_gradients(const Tensor& leaf, GradientSums sums);  // own where it was never called
+
 // From here on the leaf keeps a copy of its values in a narrower dtype, and cast() gives that. Whoever writes the values
-// writes the copy too: optimizers do, with their updates; anyone else calls refresh_copy.
-void keep_copy(const Tensor& leaf, DType dtype, GradientSums sums);
-void refresh_copy(const Tensor& leaf);  // if it keeps one
+// writes the copy too: optimizers do, with their updates, and set_master_value.
+void keep_copy(const Tensor& leaf, DType dtype);
 void join_copies(const std::vector<Tensor>& leaves);  // lays them one after another, as Tensor::joined wants them
 Tensor kept_copy(const Tensor& leaf);   // with the leaf's node: its gradient is the leaf's; no tensor if it keeps none
 

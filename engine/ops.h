@@ -138,6 +138,9 @@ void fill(const Tensor& x, double value);
 void fill_normal(const Tensor& x, double std, RngKey key);  // std * random_normal(key, i)
 void add_into(const Tensor& sum, const Tensor& x);       // sum += x; dtypes may differ
 void copy_into(const Tensor& to, const Tensor& x);       // to = x, converting; same numel
+// f32 values as Halves (engine/dtype.h), and back: x in f32, nearest in bf16, rest in u16, of one shape.
+void split_halves(const Tensor& x, const Tensor& nearest, const Tensor& rest);
+void join_halves(const Tensor& x, const Tensor& nearest, const Tensor& rest);
 // Sum of squares of all of them: f32 []; a nan or infinity anywhere gives nan or infinity.
 Tensor squared_norm(const std::vector<Tensor>& xs);
 

@@ -15,7 +15,7 @@ struct Setting {
       : recipe(make_recipe("tiny", device)),
         loader(Corpus::synthetic({.vocab_size = recipe.model.vocab_size, .tokens = 5000}), recipe.protocol,
                recipe.batch, recipe.seq, 1),
-        model(recipe.config("baseline"), Scope(params, device, 3)) {}
+        params(recipe.precision), model(recipe.config("baseline"), Scope(params, device, 3)) {}
   Recipe recipe;
   Loader loader;
   Params params;

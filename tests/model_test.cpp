@@ -63,9 +63,9 @@ std::string refusal(const std::string& field, const std::string& text) {
   return "accepted";
 }
 
-double overfit(const std::string& name, Device device) {
+double overfit(const std::string& name, Device device, DType compute) {
   const Config c = small(name);
-  Params params;
+  Params params(compute);
   const Transformer model(c, Scope(params, device, 42));
   const Tensor tokens = ids({2, 16}, c.vocab_size, 1, device), targets = ids({2, 16}, c.vocab_size, 2, device);
   Muon muon(params.of({Kind::matrix}));
@@ -73,7 +73,7 @@ double overfit(const std::string& name, Device device) {
   double loss = 0;
   for (int step = 0; step < 150; ++step) {
     params.clear_grads();
-    const Loss l = model.loss(tokens, targets, {.training = true});
+    const Loss l = model.loss(tokens, targets, {.training = true, .compute = compute});
     loss = l.ce.item();
     if (loss < 0.05) break;
     backward(l.total);
@@ -234,7 +234,8 @@ TEST_CASE("training draws from the step's random sequence, evaluation from none"
 }
 
 TEST_CASE("each configuration overfits one batch") {
-  for (const char* name : kConfigurations) CHECK_MESSAGE(overfit(name, Device::cpu) < 0.05, name);
+  for (const char* name : kConfigurations)
+    for (const DType compute : {DType::f32, DType::bf16}) CHECK_MESSAGE(overfit(name, Device::cpu, compute) < 0.05, name);
 }
 
 TEST_CASE("a damaged file of reference values is refused") {
@@ -261,13 +262,13 @@ TEST_CASE("a damaged file of reference values is refused") {
 
 // Copies lie one after another, and gradients are parts of one product: each leaf's is nobody else's all the same.
 void check_joined_layers(Device device) {
-  Params params, apart_params;
+  Params params(DType::bf16), apart_params;
   const auto layers = [](Scope s) {
     return std::vector<Linear>{Linear(s / "a", 24, 7, 1, Bias::with), Linear(s / "b", 24, 5, 1, Bias::with)};
   };
   const JoinedLinear joined(Scope(params, device, 5), layers(Scope(params, device, 5)));
   const std::vector<Linear> apart = layers(Scope(apart_params, device, 5));
-  params.keep_copies(DType::bf16, GradientSums::as_given);
+  params.sum_gradients(GradientSums::as_given);
   const std::vector<Parameter>& list = params.list();  // weight and bias of each
   CHECK(Tensor::joined({kept_copy(list[0].value), kept_copy(list[2].value)}));
   CHECK(Tensor::joined({kept_copy(list[1].value), kept_copy(list[3].value)}));
@@ -329,7 +330,9 @@ TEST_SUITE("cuda") {
   TEST_CASE("joined layers are the layers, on the GPU") { check_joined_layers(Device::cuda); }
 
   TEST_CASE("each configuration overfits one batch on the GPU") {
-    for (const char* name : kConfigurations) CHECK_MESSAGE(overfit(name, Device::cuda) < 0.05, name);
+    for (const char* name : kConfigurations)
+      for (const DType compute : {DType::f32, DType::bf16})
+        CHECK_MESSAGE(overfit(name, Device::cuda, compute) < 0.05, name);
   }
 
   TEST_CASE("the GPU's loss and gradients are the CPU's, at sizes that fit no tile") {

@@ -51,12 +51,19 @@ Tensor muon_update(const Tensor& grad, MuonOptions options = {}, double grad_sca
   return scale(w.detached(), -1);
 }
 
-// A leaf with a bf16 copy whose gradient is `grad`, as an op in bf16 gives it.
-Tensor leaf_with_narrow_grad(const Tensor& value, const Tensor& grad, GradientSums sums = GradientSums::as_given) {
-  const Tensor w = leaf(value);
-  keep_copy(w, DType::bf16, sums);
+// The leaf, with the gradient `grad` as an op in bf16 gives it.
+Tensor with_narrow_grad(const Tensor& w, const Tensor& grad, GradientSums sums) {
+  sum_gradients(w, sums);
   backward(sum(mul(cast(w, DType::bf16), cast(grad, DType::bf16))));
   return w;
+}
+Tensor leaf_with_copy(const Tensor& value) {
+  const Tensor w = leaf(value);
+  keep_copy(w, DType::bf16);
+  return w;
+}
+Tensor leaf_with_narrow_grad(const Tensor& value, const Tensor& grad, GradientSums sums = GradientSums::as_given) {
+  return with_narrow_grad(leaf_with_copy(value), grad, sums);
 }
 
 void check_copy_is_current(const Tensor& w) {
@@ -96,6 +103,54 @@ void check_muon_in_bf16(Device device) {
     CHECK(largest_difference(w, reference) < 1e-6);
     check_copy_is_current(w);
   }
+}
+
+// Random values, of which some are made ties of bf16, denormals, the largest float and an infinity.
+Tensor odd_values(const Shape& shape, Device device) {
+  std::vector<float> values = random_tensor(shape, 12).to_vector<float>();
+  for (size_t i = 0; i < values.size(); ++i) {
+    const uint32_t u = std::bit_cast<uint32_t>(values[i]);
+    const uint32_t odd[] = {(u & 0xffff0000u) | 0x8000u, u & 0x807fffffu, 0x7f7fffffu, 0xff800000u};
+    if (i % 16 < 4) values[i] = std::bit_cast<float>(odd[i % 16]);
+  }
+  return Tensor::from(values, shape, device);
+}
+
+// With split leaves an optimizer's steps give the values that it gives with whole ones, to the last bit.
+template <class Optimizer, class Options>
+void check_split_is_whole(const std::vector<Shape>& shapes, Options options, Device device) {
+  for (const GradientSums sums : {GradientSums::as_given, GradientSums::own}) {
+    std::vector<Tensor> split, whole;
+    for (const Shape& shape : shapes) {
+      const Tensor value = odd_values(shape, device), grad = random_tensor(shape, 13, device);
+      split.push_back(with_narrow_grad(split_leaf(value), grad, sums));
+      whole.push_back(with_narrow_grad(leaf_with_copy(value), grad, sums));
+      CHECK(split.back().grad().dtype() == whole.back().grad().dtype());
+    }
+    const Tensor start = master_value(split.back());
+    Optimizer of_split(split, options), of_whole(whole, options);
+    for (int step = 0; step < 4; ++step) of_split.step(0.003, 0.5), of_whole.step(0.003, 0.5);
+    CHECK(master_value(split.back()).to_vector<float>() != start.to_vector<float>());
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      const std::vector<float> found = master_value(split[i]).to_vector<float>();
+      const std::vector<float> expected = whole[i].to_vector<float>();
+      const std::vector<bf16> nearest = split[i].to_vector<bf16>();
+      int64_t wrong = 0;
+      for (size_t j = 0; j < found.size(); ++j) {
+        wrong += std::bit_cast<uint32_t>(found[j]) != std::bit_cast<uint32_t>(expected[j]);
+        wrong += nearest[j].bits != halves_of(expected[j]).nearest.bits;
+      }
+      CAPTURE(shapes[i].str());
+      CHECK(wrong == 0);
+    }
+  }
+}
+void check_adamw_with_split_leaves(Device device) {
+  check_split_is_whole<AdamW>({{1}, {7}, {2048}, {4100}, {3, 50, 70}, {3, 64, 128}}, AdamWOptions{}, device);
+}
+void check_muon_with_split_leaves(Device device) {
+  for (const DType compute : {DType::f32, DType::bf16})
+    check_split_is_whole<Muon>({{8, 40}, {5, 7}, {3, 5, 7}, {3, 64, 128}}, MuonOptions{.compute = compute}, device);
 }
 
 void check_clipping(Device device) {
@@ -267,6 +322,8 @@ TEST_CASE("AdamW follows its formula") {
 
 TEST_CASE("AdamW takes bf16 gradients and writes bf16 copies") { check_adamw_in_bf16(Device::cpu); }
 TEST_CASE("Muon takes bf16 gradients and writes bf16 copies") { check_muon_in_bf16(Device::cpu); }
+TEST_CASE("AdamW updates split leaves as whole ones, bit for bit") { check_adamw_with_split_leaves(Device::cpu); }
+TEST_CASE("Muon updates split leaves as whole ones, bit for bit") { check_muon_with_split_leaves(Device::cpu); }
 TEST_CASE("clipping measures the gradients and stops at what is not finite") { check_clipping(Device::cpu); }
 
 TEST_CASE("clipping takes the sums of squares that gradients bring") { check_squares_given_along(Device::cpu); }
@@ -303,8 +360,8 @@ TEST_CASE("a leaf's gradient shares memory with nothing else") {
 
 TEST_CASE("gradients of a leaf that is used in two dtypes add up") {
   for (const GradientSums sums : {GradientSums::as_given, GradientSums::own}) {
-    const Tensor w = leaf(random_tensor({64}, 1)), a = random_tensor({64}, 2), b = random_tensor({64}, 3);
-    keep_copy(w, DType::bf16, sums);
+    const Tensor w = leaf_with_copy(random_tensor({64}, 1)), a = random_tensor({64}, 2), b = random_tensor({64}, 3);
+    sum_gradients(w, sums);
     const Tensor wide = sum(mul(w, a)), narrow = cast(sum(mul(cast(w, DType::bf16), cast(b, DType::bf16))), DType::f32);
     backward(add(wide, narrow));
     CHECK(largest_difference(cast(w.grad(), DType::f32), add(a, b)) < 0.05);
@@ -393,6 +450,12 @@ TEST_CASE("schedules") {
 TEST_SUITE("cuda") {
   TEST_CASE("AdamW takes bf16 gradients and writes bf16 copies on the GPU") { check_adamw_in_bf16(Device::cuda); }
   TEST_CASE("Muon takes bf16 gradients and writes bf16 copies on the GPU") { check_muon_in_bf16(Device::cuda); }
+  TEST_CASE("AdamW updates split leaves as whole ones, bit for bit, on the GPU") {
+    check_adamw_with_split_leaves(Device::cuda);
+  }
+  TEST_CASE("Muon updates split leaves as whole ones, bit for bit, on the GPU") {
+    check_muon_with_split_leaves(Device::cuda);
+  }
   TEST_CASE("clipping measures the gradients and stops at what is not finite on the GPU") {
     check_clipping(Device::cuda);
   }

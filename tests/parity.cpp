@@ -118,11 +118,11 @@ double relative_norm(const float* a, const float* b, int64_t n) {
 class Parity {
  public:
   Parity(const Sizes& sizes, const std::string& fixture, Device device, DType precision)
-      : fixture_(fixture), device_(device), model_(sizes.config, Scope(params_, device, 0)),
+      : fixture_(fixture), device_(device), params_(precision), model_(sizes.config, Scope(params_, device, 0)),
         shape_{sizes.batch, sizes.config.max_seq_len}, mode_{.training = true, .compute = precision} {
     tokens_ = fixture_("tokens", shape_, DType::i32).to(device);
     targets_ = fixture_("targets", shape_, DType::i32).to(device);
-    if (precision == DType::bf16) params_.keep_copies(precision, GradientSums::as_given);
+    params_.sum_gradients(GradientSums::as_given);
     load();
   }
 
@@ -172,9 +172,8 @@ class Parity {
         const Tensor t = reference("param", piece);
         std::copy_n(t.data<float>(), t.numel(), values.begin() + piece.first);
       }
-      copy_bytes(p.value.raw(), device_, values.data(), Device::cpu, p.value.bytes());
+      set_master_value(p.value, Tensor::from(values, p.shape, device_));
     }
-    params_.refresh_copies();
   }
 
   void step_loss() { backward(model_.loss(tokens_, targets_, mode_).total); }
@@ -211,7 +210,7 @@ class Parity {
   void compare_updates(const std::string& kind, Worst& worst) {
     for (const Parameter& p : params_.list()) {
       if (kind == "muon" && p.kind != Kind::matrix) continue;
-      const std::vector<float> after = p.value.to_vector<float>();
+      const std::vector<float> after = master_value(p.value).to_vector<float>();
       for (const Piece& piece : pieces_of(p)) {
         const Tensor before = reference("param", piece), expected = reference(kind, piece);
         std::vector<float> found_update, expected_update;

@@ -40,7 +40,7 @@ Outcome train(const Recipe& recipe, const std::string& name, int64_t steps) {
   memory.release_cached();
   memory.reset_peaks();
   const Config config = recipe.config(name);
-  Params params;
+  Params params(recipe.precision);
   const Transformer model(config, Scope(params, recipe.device, 3));
   Outcome outcome;
   {
@@ -60,7 +60,7 @@ Outcome train(const Recipe& recipe, const std::string& name, int64_t steps) {
     while (step.updates_pending() > 0) take();
     outcome.held = memory.stats().held;
   }
-  for (const Parameter& p : params.list()) outcome.parameters.push_back(p.value.to_vector<float>());
+  for (const Parameter& p : params.list()) outcome.parameters.push_back(master_value(p.value).to_vector<float>());
   outcome.peak = memory.stats().peak_allocated;
   return outcome;
 }
@@ -146,10 +146,9 @@ void check_masks_follow_the_number(Device device, DType precision) {
     CAPTURE(name_of(precision));
     const Recipe recipe = tiny(device, precision, 3);
     const Config config = recipe.config(name);
-    Params params, other_params;
+    Params params(precision), other_params(precision);
     const Transformer model(config, Scope(params, device, 3)), other(config, Scope(other_params, device, 3));
     TrainingStep step(model, params, recipe, 42);
-    if (precision == DType::bf16) other_params.keep_copies(precision, GradientSums::own);
     for (uint64_t n = 0; n < 3; ++n) {
       const Batch batch = batch_of(recipe, config.vocab_size, 0);
       step.micro_batch(batch);

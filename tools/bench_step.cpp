@@ -90,7 +90,7 @@ void add_tables(Json& result, const std::vector<std::vector<Item>>& recorded, co
 Json measure(const Recipe& r, const std::string& name, int64_t steps, const Capability& device) {
   const Config config = r.config(name);
   const Batch batch = some_batch(r, config.vocab_size);
-  Params params;
+  Params params(r.precision);
   const Transformer model(config, Scope(params, r.device, 42));
   // A captured step's kernels have no owners: those of an eager one, in the same order, do.
   std::vector<Item> eager;

@@ -37,8 +37,9 @@ TrainingStep::TrainingStep(const Transformer& model, const Params& params, const
     muon_.emplace(params.of({Kind::matrix}), MuonOptions{.momentum = recipe.momentum, .compute = recipe.precision});
   adamw_.emplace(recipe.muon ? params.of({Kind::vector, Kind::embedding}) : params.all(),
                  AdamWOptions{.weight_decay = recipe.weight_decay});
-  if (recipe.precision == DType::bf16)
-    params.keep_copies(DType::bf16, recipe.accumulate == 1 ? GradientSums::as_given : GradientSums::own);
+  check(params.compute() == recipe.precision, "parameters made for {} were to be trained in {}",
+        name_of(params.compute()), name_of(recipe.precision));
+  params.sum_gradients(recipe.accumulate == 1 ? GradientSums::as_given : GradientSums::own);
   if (recipe.graphs && recipe.device == Device::cuda) pool_ = std::make_unique<MemoryPool>(allocator(recipe.device));
   for (std::unique_ptr<Piece>* piece : {&first_, &later_, &update_}) *piece = std::make_unique<Piece>();
   const MemoryScope scope(Category::workspace, "step");

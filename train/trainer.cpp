@@ -40,7 +40,7 @@ Json train_run(const Recipe& recipe, const std::string& name, uint64_t seed, con
   const double initial_gb = gigabytes(memory.stats().allocated);
   const auto start = Clock::now();
 
-  Params params;
+  Params params(recipe.precision);
   const Transformer model(config, Scope(params, recipe.device, seed));
   Recipe step_recipe = recipe;
   if (recipe.memory_report) step_recipe.graphs = false;  // a captured step hands no block out

@@ -30,8 +30,8 @@ struct JoinedLinear {
       weights.push_back(l.weight);
       if (l.bias) biases.push_back(l.bias);
     }
-    s.join(std::move(weights));
-    if (!biases.empty()) s.join(std::move(biases));
+    s.join(weights);
+    if (!biases.empty()) s.join(biases);
   }
   Tensor operator()(const Tensor& x) const {
     std::vector<Tensor> weights, biases;

@@ -19,7 +19,7 @@ struct Parameter {
   std::string name;
   Shape shape;
   Kind kind;
-  Tensor value;  // an f32 leaf; no tensor when the parameters are only counted
+  Tensor value;  // a leaf of f32 values, whole or split; no tensor when the parameters are only counted
 };
 
 // How a parameter starts.
@@ -40,10 +40,13 @@ inline const char* interned(const std::string& name) {
 class Params {
  public:
   enum class Build : uint8_t { allocate, count_only };
-  explicit Params(Build build = Build::allocate) : build_(build) {}
+  explicit Params(Build build) : build_(build) {}
+  // For a model that computes in f32, or in bf16: then weights lie in memory in bf16 too, for the ops that run in it.
+  explicit Params(DType compute = DType::f32) : compute_(compute) {}
 
   const std::vector<Parameter>& list() const { return list_; }
   Build build() const { return build_; }
+  DType compute() const { return compute_; }
   // The parameter of that name; null when there is none.
   const Parameter* find(std::string_view name) const {
     for (const Parameter& p : list_)
@@ -67,15 +70,8 @@ class Params {
   void clear_grads() const {
     for (const Parameter& p : list_) p.value.clear_grad();
   }
-  // From here on every parameter also lies in memory in this dtype, for the ops that run in it (engine/autograd.h).
-  void keep_copies(DType dtype, GradientSums sums) const {
-    for (const Parameter& p : list_) keep_copy(p.value, dtype, sums);
-    for (const std::vector<Tensor>& values : joined_) join_copies(values);
-  }
-  // Copies of these values are kept one after another: for an op that takes them as one (matmul_joined).
-  void join(std::vector<Tensor> values) { joined_.push_back(std::move(values)); }
-  void refresh_copies() const {  // after values were written other than by an optimizer
-    for (const Parameter& p : list_) refresh_copy(p.value);
+  void sum_gradients(GradientSums sums) const {
+    for (const Parameter& p : list_) weft::sum_gradients(p.value, sums);
   }
   void add(Parameter p) {
     check(!find(p.name), "parameter {} is made once", p.name);
@@ -84,8 +80,8 @@ class Params {
 
  private:
   std::vector<Parameter> list_;
-  std::vector<std::vector<Tensor>> joined_;
-  Build build_;
+  Build build_ = Build::allocate;
+  DType compute_ = DType::f32;
 };
 
 // Where a layer makes its parameters: a place in the dotted names. Each parameter's random numbers depend only on the
@@ -108,20 +104,29 @@ class Scope {
         fill_normal(value, init.value, RngKey{seed_, stream_of(p.name)});
       else
         fill(value, init.value);
-      p.value = leaf(value);
+      p.value = as_leaf(value);
     }
     const Tensor value = p.value;
     params_->add(std::move(p));
     return value;
   }
-  void join(std::vector<Tensor> values) const {
-    if (!counting()) params_->join(std::move(values));
+  // Copies of these values are kept one after another: for an op that takes them as one (matmul_joined).
+  void join(const std::vector<Tensor>& values) const {
+    if (!counting() && params_->compute() != DType::f32) join_copies(values);
   }
   const std::string& prefix() const { return prefix_; }
   Device device() const { return device_; }
   bool counting() const { return params_->build() == Params::Build::count_only; }
 
  private:
+  // Where products run in bf16, experts' weights, which nothing else reads, are split; of others ops read f32 too.
+  Tensor as_leaf(const Tensor& value) const {
+    if (params_->compute() == DType::f32) return leaf(value);
+    if (value.rank() == 3) return split_leaf(value);
+    const Tensor whole = leaf(value);
+    keep_copy(whole, params_->compute());
+    return whole;
+  }
   std::string path(std::string_view name) const { return (prefix_.empty() ? "" : prefix_ + ".") + std::string(name); }
 
   Params* params_;

@@ -1,5 +1,5 @@
 // y = x in another dtype; dx = dy (backward converts where it adds). A leaf that keeps a copy in that dtype has done the
-// work: its copy is y. In place: to = x.
+// work: its copy is y; a split one gives its master values where those are wanted. In place: to = x.
 #include "engine/ops.h"
 #include "engine/ops/elementwise.h"
 
@@ -33,7 +33,7 @@ Tensor cast(const Tensor& x, DType dtype) {
   if (x.dtype() == dtype) return x;
   if (const Tensor copy = kept_copy(x); copy && copy.dtype() == dtype) return copy;
   Tensor y = Tensor::empty(x.shape(), dtype, x.device());
-  copy_into(y, x.detached());
+  copy_into(y, x.node() && x.node()->leaf ? master_value(x) : x.detached());
   return record("cast", y, {x}, [](const Tensor& dy) -> Gradients { return {dy}; });
 }
 

@@ -5,9 +5,9 @@
 #include <cmath>
 
 #include "engine/allocator.h"
-#include "engine/autograd.h"
 #include "engine/cpu/parallel.h"
 #include "engine/cpu/widest.h"
+#include "engine/optim/master.h"
 #if WEFT_CUDA
 #include "engine/cuda/stream.h"
 #endif
@@ -26,8 +26,8 @@ struct Progress {
 };
 
 struct Slot {
-  float *w, *m, *v;
-  bf16* copy;  // may be null
+  Master w;
+  float *m, *v;
   const void* g;
   int64_t n;
   bool narrow;  // g is bf16, else f32
@@ -52,16 +52,17 @@ WEFT_HD inline void update(float& w, float& m, float& v, float gradient, const C
   v = c.beta2 * v + (1 - c.beta2) * g * g;
   w = w * c.keep - c.rate * m / (sqrtf(v) * c.root + c.eps);
 }
-template <class G>
+template <bool kSplit, class G>
 WEFT_HD inline void update(const Slot& s, int64_t i, const Coefficients& c) {
-  update(s.w[i], s.m[i], s.v[i], static_cast<float>(static_cast<const G*>(s.g)[i]), c);
-  if (s.copy) s.copy[i] = bf16(s.w[i]);
+  Elements<float, 1> w = s.w.read<kSplit, 1>(i);
+  update(w.v[0], s.m[i], s.v[i], static_cast<float>(static_cast<const G*>(s.g)[i]), c);
+  s.w.write<kSplit>(i, w);
 }
 
-template <class G>
+template <bool kSplit, class G>
 WEFT_WIDEST void update_range(const Slot& s, int64_t from, int64_t to, const Coefficients& c) {
 #pragma GCC ivdep
-  for (int64_t i = from; i < to; ++i) update<G>(s, i, c);
+  for (int64_t i = from; i < to; ++i) update<kSplit, G>(s, i, c);
 }
 
 void begin(Cpu, Progress* p, const UpdateState* state, const AdamWOptions& o, double learning_rate) {
@@ -71,7 +72,10 @@ void update_all(Cpu, const std::vector<Slot>& slots, const Progress* p) {
   if (!p->applies) return;
   for (const Slot& s : slots)
     parallel_for(s.n, 4096, [&](int64_t from, int64_t to) {
-      s.narrow ? update_range<bf16>(s, from, to, p->c) : update_range<float>(s, from, to, p->c);
+      if (s.w.rest)
+        s.narrow ? update_range<true, bf16>(s, from, to, p->c) : update_range<true, float>(s, from, to, p->c);
+      else
+        s.narrow ? update_range<false, bf16>(s, from, to, p->c) : update_range<false, float>(s, from, to, p->c);
     });
 }
 
@@ -79,7 +83,7 @@ void update_all(Cpu, const std::vector<Slot>& slots, const Progress* p) {
 constexpr int kSlots = 448;  // of one launch, within the 32 KB of a kernel's arguments
 constexpr int kThreads = 256;
 constexpr int kWidth = 4;   // elements that a thread takes at once: 16 bytes of w, m and v
-constexpr int kRounds = 2;  // what it takes in flight
+constexpr int kRounds = 2;  // what it has in flight; of split weights, 4 took as long
 constexpr int64_t kBlockElements = kThreads * kWidth * kRounds;
 
 struct Batch {
@@ -88,49 +92,36 @@ struct Batch {
   int count = 0;
 };
 
-template <class T>
-struct alignas(sizeof(T) * kWidth) Quad {
-  T v[kWidth];
-};
-template <class T>
-__device__ inline Quad<T>& quad(T* p, int64_t i) {
-  return *reinterpret_cast<Quad<T>*>(p + i);
-}
-
-template <class G>
+template <bool kSplit, class G>
 __device__ void update_block(const Slot& s, int64_t from, const Coefficients& c) {
   const G* g = static_cast<const G*>(s.g);
-  const uintptr_t odd = reinterpret_cast<uintptr_t>(s.w) | reinterpret_cast<uintptr_t>(s.m) |
-                        reinterpret_cast<uintptr_t>(s.v) | reinterpret_cast<uintptr_t>(s.copy) * 2 |
+  const uintptr_t odd = reinterpret_cast<uintptr_t>(s.m) | reinterpret_cast<uintptr_t>(s.v) |
                         reinterpret_cast<uintptr_t>(g) * (4 / sizeof(G));
-  if (from + kBlockElements > s.n || odd % 16 != 0) {
+  if (from + kBlockElements > s.n || odd % 16 != 0 || !s.w.aligned<kWidth>()) {
     const int64_t to = min(from + kBlockElements, s.n);
-    for (int64_t i = from + threadIdx.x; i < to; i += kThreads) update<G>(s, i, c);
+    for (int64_t i = from + threadIdx.x; i < to; i += kThreads) update<kSplit, G>(s, i, c);
     return;
   }
-  Quad<float> w[kRounds], m[kRounds], v[kRounds];
-  Quad<G> gradient[kRounds];
+  const int64_t first = from / kWidth + threadIdx.x;
+  Elements<float, kWidth> w[kRounds], m[kRounds], v[kRounds];
+  Elements<G, kWidth> gradient[kRounds];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    const int64_t i = from + (r * kThreads + threadIdx.x) * kWidth;
-    gradient[r] = *reinterpret_cast<const Quad<G>*>(g + i);
-    m[r] = quad(s.m, i);
-    v[r] = quad(s.v, i);
-    w[r] = quad(s.w, i);
+    const int64_t i = first + r * kThreads;
+    gradient[r] = elements<kWidth>(g, i);
+    m[r] = elements<kWidth>(s.m, i);
+    v[r] = elements<kWidth>(s.v, i);
+    w[r] = s.w.read<kSplit, kWidth>(i);
   }
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    const int64_t i = from + (r * kThreads + threadIdx.x) * kWidth;
-    Quad<bf16> copy;
+    const int64_t i = first + r * kThreads;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
+    for (int j = 0; j < kWidth; ++j)
       update(w[r].v[j], m[r].v[j], v[r].v[j], static_cast<float>(gradient[r].v[j]), c);
-      copy.v[j] = bf16(w[r].v[j]);
-    }
-    quad(s.m, i) = m[r];
-    quad(s.v, i) = v[r];
-    quad(s.w, i) = w[r];
-    if (s.copy) quad(s.copy, i) = copy;
+    elements<kWidth>(s.m, i) = m[r];
+    elements<kWidth>(s.v, i) = v[r];
+    s.w.write<kSplit>(i, w[r]);
   }
 }
 
@@ -148,7 +139,10 @@ __global__ void __launch_bounds__(kThreads) adamw_update(const __grid_constant__
   }
   const Slot& s = batch.slots[low];
   const int64_t from = (block - batch.first_block[low]) * kBlockElements;
-  s.narrow ? update_block<bf16>(s, from, p->c) : update_block<float>(s, from, p->c);
+  if (s.w.rest)
+    s.narrow ? update_block<true, bf16>(s, from, p->c) : update_block<true, float>(s, from, p->c);
+  else
+    s.narrow ? update_block<false, bf16>(s, from, p->c) : update_block<false, float>(s, from, p->c);
 }
 
 void begin(Cuda, Progress* p, const UpdateState* state, const AdamWOptions& o, double learning_rate) {
@@ -188,13 +182,12 @@ void AdamW::step(double learning_rate, const UpdateState* state) {
   std::vector<Slot> slots;
   std::vector<Tensor> grads;  // alive until the work is queued
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    const Tensor &p = parameters_[i], copy = kept_copy(p);
+    const Tensor& p = parameters_[i];
     const Tensor& grad = grads.emplace_back(p.grad());
     check(static_cast<bool>(grad), "AdamW: parameter {} of shape {} has no gradient", i, p.shape().str());
     const bool narrow = grad.dtype() == DType::bf16;
     check(narrow || grad.dtype() == DType::f32, "AdamW takes gradients in f32 or bf16, found {}", name_of(grad.dtype()));
-    slots.push_back({p.data<float>(), m_[i].data<float>(), v_[i].data<float>(), copy.data<bf16>(), grad.raw(),
-                     p.numel(), narrow});
+    slots.push_back({master_of(p), m_[i].data<float>(), v_[i].data<float>(), grad.raw(), p.numel(), narrow});
   }
   on_device(parameters_[0].device(), [&](auto device) {
     auto* progress = static_cast<Progress*>(progress_.raw());

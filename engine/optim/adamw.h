@@ -13,7 +13,7 @@ struct AdamWOptions {
 
 class AdamW {
  public:
-  explicit AdamW(std::vector<Tensor> parameters, AdamWOptions options = {});  // f32 leaves
+  explicit AdamW(std::vector<Tensor> parameters, AdamWOptions options = {});  // leaves, f32 or split
   // Queues one update from the leaves' gradients (f32 or bf16; every leaf must have one), with the state's factors; none
   // where the state says that not all is finite. Writes the leaves' bf16 copies too.
   void step(double learning_rate, const UpdateState* state);

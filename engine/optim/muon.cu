@@ -7,10 +7,10 @@
 #include <cmath>
 
 #include "engine/allocator.h"
-#include "engine/autograd.h"
 #include "engine/cpu/gemm.h"
 #include "engine/cpu/parallel.h"
 #include "engine/ops.h"
+#include "engine/optim/master.h"
 #if WEFT_CUDA
 #include "engine/cuda/blas.h"
 #include "engine/cuda/block_sum.h"
@@ -93,14 +93,19 @@ void polynomials(Cpu, const T* a, T* a2, int64_t size, int64_t matrices, const f
       a2[i] = T(polynomial(a[i], a2[i], i / size % size == i % size, factors ? factors[i / (size * size)] : 1.0f));
   });
 }
+// Elements [i * kN, (i + 1) * kN).
+template <bool kSplit, int kN, class T>
+WEFT_HD inline void descend(const Master& master, const T* x, float rate, int64_t i) {
+  const Elements<T, kN> u = elements<kN>(x, i);
+  Elements<float, kN> w = master.read<kSplit, kN>(i);
+  for (int j = 0; j < kN; ++j) w.v[j] -= rate * static_cast<float>(u.v[j]);
+  master.write<kSplit>(i, w);
+}
 template <class T>
-void descend(Cpu, float* w, bf16* copy, const T* x, float rate, const UpdateState* state, int64_t n) {
+void descend(Cpu, const Master& w, const T* x, float rate, const UpdateState* state, int64_t n) {
   if (!state->finite) return;
   parallel_for(n, 4096, [=, rate = rate * state->rate_factor](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) {
-      w[i] -= rate * static_cast<float>(x[i]);
-      if (copy) copy[i] = bf16(w[i]);
-    }
+    for (int64_t i = from; i < to; ++i) w.rest ? descend<true, 1>(w, x, rate, i) : descend<false, 1>(w, x, rate, i);
   });
 }
 
@@ -109,18 +114,6 @@ constexpr int kThreads = 256;
 constexpr int64_t kChunks = 128;  // blocks of one matrix
 constexpr int kWidth = 4;         // elements that a thread takes at once: 16 bytes of f32
 
-template <class T, int kN>
-struct alignas(sizeof(T) * kN) Elements {
-  T v[kN];
-};
-template <int kN, class T>
-__device__ inline Elements<T, kN>& elements(T* p, int64_t i) {
-  return reinterpret_cast<Elements<T, kN>*>(p)[i];
-}
-template <int kN, class T>
-__device__ inline const Elements<T, kN>& elements(const T* p, int64_t i) {
-  return reinterpret_cast<const Elements<T, kN>*>(p)[i];
-}
 bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0; }
 
 // grid (chunks, matrices): the new momentum, u, and each chunk's part of |u|^2.
@@ -168,21 +161,10 @@ __global__ void muon_polynomials(const T* a, T* a2, int size, const float* facto
   for (int j = 0; j < kN; ++j) to.v[j] = T(polynomial(from.v[j], to.v[j], column + j == row, factor));
   elements<kN>(a2, i) = to;
 }
-template <int kN, class T>
-__global__ void muon_descend(float* w, bf16* copy, const T* x, float rate, const UpdateState* state, int64_t n) {
+template <bool kSplit, int kN, class T>
+__global__ void muon_descend(Master w, const T* x, float rate, const UpdateState* state, int64_t n) {
   const int64_t i = element_index();
-  if (i >= n / kN || !state->finite) return;
-  const float scaled = rate * state->rate_factor;
-  const Elements<T, kN> u = elements<kN>(x, i);
-  Elements<float, kN> values = elements<kN>(w, i);
-  Elements<bf16, kN> copies;
-#pragma unroll
-  for (int j = 0; j < kN; ++j) {
-    values.v[j] -= scaled * static_cast<float>(u.v[j]);
-    copies.v[j] = bf16(values.v[j]);
-  }
-  elements<kN>(w, i) = values;
-  if (copy) elements<kN>(copy, i) = copies;
+  if (i < n / kN && state->finite) descend<kSplit, kN>(w, x, rate * state->rate_factor, i);
 }
 
 int64_t chunks_of(Cuda, Sizes s) { return std::min(kChunks, (s.matrix() + kThreads - 1) / kThreads); }
@@ -213,10 +195,13 @@ void polynomials(Cuda, const T* a, T* a2, int64_t size, int64_t matrices, const 
   else launch_blocks(muon_polynomials<1, T>, grid(1), kThreads, 0, a, a2, static_cast<int>(size), factors);
 }
 template <class T>
-void descend(Cuda, float* w, bf16* copy, const T* x, float rate, const UpdateState* state, int64_t n) {
-  const bool wide = n % kWidth == 0 && aligned(w, 16) && aligned(copy, 8) && aligned(x, kWidth * sizeof(T));
-  if (wide) launch_elements(muon_descend<kWidth, T>, n / kWidth, w, copy, x, rate, state, n);
-  else launch_elements(muon_descend<1, T>, n, w, copy, x, rate, state, n);
+void descend(Cuda, const Master& w, const T* x, float rate, const UpdateState* state, int64_t n) {
+  const bool wide = n % kWidth == 0 && w.aligned<kWidth>() && aligned(x, kWidth * sizeof(T));
+  const auto launch = [&](auto whole, auto split, int64_t steps) {
+    launch_elements(w.rest ? split : whole, steps, w, x, rate, state, n);
+  };
+  if (wide) launch(muon_descend<false, kWidth, T>, muon_descend<true, kWidth, T>, n / kWidth);
+  else launch(muon_descend<false, 1, T>, muon_descend<true, 1, T>, n);
 }
 #endif
 
@@ -314,8 +299,8 @@ void Muon::step(double learning_rate, const UpdateState* state) {
     x = orthogonalized(x, factors);
     const double rate = learning_rate * std::sqrt(std::max(1.0, static_cast<double>(first.rows) / first.cols));
     each([&]<class T>(auto d, T* from, size_t i, int64_t) {
-      descend(d, parameters_[i].data<float>(), kept_copy(parameters_[i]).data<bf16>(), static_cast<const T*>(from),
-              static_cast<float>(rate), state, parameters_[i].numel());
+      descend(d, master_of(parameters_[i]), static_cast<const T*>(from), static_cast<float>(rate), state,
+              parameters_[i].numel());
     });
   }
   queued("muon");

@@ -15,7 +15,7 @@ struct MuonOptions {
 
 class Muon {
  public:
-  explicit Muon(std::vector<Tensor> parameters, MuonOptions options = {});  // f32 leaves of rank 2 or 3
+  explicit Muon(std::vector<Tensor> parameters, MuonOptions options = {});  // leaves of rank 2 or 3, f32 or split
   // Queues one update from the leaves' gradients (f32 or bf16; every leaf must have one), with the state's factors; none
   // where the state says that not all is finite. Writes the leaves' bf16 copies too.
   void step(double learning_rate, const UpdateState* state);

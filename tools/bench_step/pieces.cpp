@@ -133,9 +133,10 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
   Works works(size, device);
 
   const Params params = counted_params(c);
-  double matrices = 0;  // elements that products read
+  double matrices = 0, copied = 0;  // elements that products read; that are not split (experts are)
   for (const Parameter& p : params.list()) {
     if (p.kind != Kind::vector) matrices += number(p.shape.numel());
+    if (p.shape.rank() != 3) copied += number(p.shape.numel());
     if (p.kind == Kind::matrix && p.shape.rank() == 2 && p.name.find(".attention.") != std::string::npos) {
       const double out = number(p.shape[0]), in = number(p.shape[1]);
       works.products("projections, forward", n, in, out, 1, 1);
@@ -180,8 +181,8 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
   works.products("head", n, d, v, 1, 1);
   works.pass("cross-entropy", 2 * s * n * v);  // logits read, their gradient written over them
   if (size.value_bytes != 4) works.avoidable_pass("weight casts", (4 + s) * matrices);
-  // w, m, v and the gradient read; w, m, v and, where products read another type, a copy of w in it written.
-  works.pass("optimizer", (24 + s + (s == 4 ? 0 : s)) * parameters);
+  // w, m, v and the gradient read; w, m, v and, where products read another type, copies of w in it written.
+  works.pass("optimizer", (24 + s) * parameters + (s == 4 ? 0 : s) * copied);
   return std::move(works.all);
 }
 
