@@ -91,7 +91,7 @@ std::vector<double> values_of(const Tensor& t) {
   });
 }
 
-void close(const char* what, const Tensor& found, const std::vector<double>& expected, double tolerance) {
+void close(const std::string& what, const Tensor& found, const std::vector<double>& expected, double tolerance) {
   const std::vector<double> values = values_of(found);
   REQUIRE(values.size() == expected.size());
   double squares = 0, worst = 0;
@@ -202,7 +202,8 @@ void squares_hold(const std::vector<int64_t>& rows_of, int64_t inputs, int64_t o
     MESSAGE("no sums of squares: this GPU or this build has no warpgroups");
     return;
   }
-  const int64_t high = (outputs + 63) / 64, wide = (inputs + 63) / 64;
+  const int64_t high = (outputs + kSquaredRows - 1) / kSquaredRows;
+  const int64_t wide = (inputs + kSquaredColumns - 1) / kSquaredColumns;
   REQUIRE(dw.squares()->shape() == Shape({experts, high, wide}));
   const std::vector<double> values = values_of(dw), found = values_of(*dw.squares());
   std::vector<double> expected(found.size());
@@ -210,7 +211,7 @@ void squares_hold(const std::vector<int64_t>& rows_of, int64_t inputs, int64_t o
     for (int64_t o = 0; o < outputs; ++o)
       for (int64_t i = 0; i < inputs; ++i) {
         const double v = values[(e * outputs + o) * inputs + i];
-        expected[(e * high + o / 64) * wide + i / 64] += v * v;
+        expected[(e * high + o / kSquaredRows) * wide + i / kSquaredColumns] += v * v;
       }
   int64_t wrong = 0;
   for (size_t i = 0; i < found.size(); ++i) wrong += !(std::abs(found[i] - expected[i]) <= 1e-5 * expected[i]);

@@ -53,7 +53,7 @@ __device__ void settle(float (&d)[kCount][4]) {
     asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
 }
 
-// d[64, 8 kCount] = a[64, 16] b[16, 8 kCount], or += where `add`; kCount is 32, 16 or 8, the rest of d is not touched.
+// d[64, 8 kCount] = a[64, 16] b[16, 8 kCount], or += where `add`; kCount is 32, 24, 16 or 8, the rest of d is not touched.
 // d: element e of d[j] in warp w of the four is row 16 w + g + 8 (e / 2), column 8 j + 2c + e % 2. kARowsAreSums,
 // kBRowsAreSums: how the tile is stored.
 #define WEFT_SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
@@ -71,9 +71,10 @@ __device__ void settle(float (&d)[kCount][4]) {
 #define WEFT_NAMES_64 WEFT_NAMES_32 ", " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" ", " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WEFT_NAMES_128 WEFT_NAMES_64 ", " \
+#define WEFT_NAMES_96 WEFT_NAMES_64 ", " \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" ", " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" ", " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define WEFT_NAMES_128 WEFT_NAMES_96 ", " \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" ", " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 template <int kCount, bool kARowsAreSums, bool kBRowsAreSums, int kSize>
@@ -82,6 +83,8 @@ __device__ inline void multiply_warpgroup(float (&d)[kSize][4], uint64_t a, uint
   if constexpr (kCount == 32) {
     WEFT_MULTIPLY("256", WEFT_NAMES_128, "128", "129", "130", "131", "132", WEFT_SUMS_8(0), WEFT_SUMS_8(8),
                   WEFT_SUMS_8(16), WEFT_SUMS_8(24));
+  } else if constexpr (kCount == 24) {
+    WEFT_MULTIPLY("192", WEFT_NAMES_96, "96", "97", "98", "99", "100", WEFT_SUMS_8(0), WEFT_SUMS_8(8), WEFT_SUMS_8(16));
   } else if constexpr (kCount == 16) {
     WEFT_MULTIPLY("128", WEFT_NAMES_64, "64", "65", "66", "67", "68", WEFT_SUMS_8(0), WEFT_SUMS_8(8));
   } else {
@@ -100,6 +103,7 @@ __device__ inline void multiply_warpgroup(float (&d)[kCount][4], uint64_t a, uin
 #undef WEFT_MULTIPLY
 #undef WEFT_NAMES_32
 #undef WEFT_NAMES_64
+#undef WEFT_NAMES_96
 #undef WEFT_NAMES_128
 
 }  // namespace weft

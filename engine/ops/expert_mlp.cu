@@ -1,7 +1,6 @@
 // Of each row r of an expert: h = up x_r, a = w_r dropout(silu(h)), y_r = down a, w_r the routing weight. With it inside
-// of a, the sum of a token's rows is all that is left to do, and no expert's output is saved. Saved are x_r and h; a
-// second pass over h gives backward a, dh = w_r silu'(h) dropout(da) and dw_r = sum_j da_j dropout(silu(h_j)), where
-// da = down^T dy.
+// of a, the sum of a token's rows is all that is left to do, and no expert's output is saved. Saved are x_r, h and a;
+// backward a pass over h and da = down^T dy gives dh = w_r silu'(h) dropout(da) and dw_r = sum_j da_j dropout(silu(h_j)).
 #include <algorithm>
 
 #include "engine/cpu/exp.h"
@@ -44,11 +43,10 @@ WEFT_HD A activate(A h, A weight, bool kept) {
   const A a = weight * (h * sigmoid<T>(h));
   return kept ? a : A(0);
 }
-// da becomes a, h becomes dh; returns this element's part of dw.
+// h becomes dh; returns this element's part of dw.
 template <class T, class A = acc_t<T>>
-WEFT_HD A activate_backward(A& da, A& h, A weight, bool kept) {
+WEFT_HD A activate_backward(A da, A& h, A weight, bool kept) {
   const A s = sigmoid<T>(h), silu = h * s, d = kept ? da : A(0);
-  da = kept ? weight * silu : A(0);
   h = weight * d * (s + silu * (1 - s));
   return d * silu;
 }
@@ -58,14 +56,14 @@ WEFT_WIDEST void activate_drawn(const uint16_t* halves, uint32_t threshold, A we
   for (int64_t i = 0; i < n; ++i) a[i] = T(activate<T>(A(h[i]), weight, halves[i] < threshold));
 }
 template <class T, class A>
-WEFT_WIDEST A activate_backward_drawn(const uint16_t* halves, uint32_t threshold, A weight, int64_t n, const T* h, T* da,
-                                      T* dh) {
+WEFT_WIDEST A activate_backward_drawn(const uint16_t* halves, uint32_t threshold, A weight, int64_t n, const T* h,
+                                      const T* da, T* dh) {
   constexpr int64_t kSums = 16;  // side by side
   A sums[kSums] = {}, total = 0;
   const auto one = [&](int64_t i) {
-    A a = A(da[i]), value = A(h[i]);
-    const A part = activate_backward<T>(a, value, weight, halves[i] < threshold);
-    da[i] = T(a), dh[i] = T(value);
+    A value = A(h[i]);
+    const A part = activate_backward<T>(A(da[i]), value, weight, halves[i] < threshold);
+    dh[i] = T(value);
     return part;
   };
   int64_t i = 0;
@@ -97,7 +95,7 @@ void forward(Cpu, const Activation<A>& f, const T* h, T* a) {
   });
 }
 template <class T, class A>
-void backward(Cpu, const Activation<A>& f, T* da, const T* h, T* dh, A* dweights) {
+void backward(Cpu, const Activation<A>& f, const T* da, const T* h, T* dh, A* dweights) {
   parallel_for(f.rows, std::max<int64_t>(1, 4096 / (f.width + 1)), [=](int64_t from, int64_t to) {
     const Mask mask = drawn_mask(f);
     for (int64_t row = from; row < to; ++row) {
@@ -137,8 +135,8 @@ __global__ void __launch_bounds__(kThreads, 12) activate_rows(Activation<float> 
   }
 }
 template <bool kWhole, class T>
-__global__ void __launch_bounds__(kThreads, 10) activate_rows_backward(Activation<float> f, T* da, const T* h, T* dh,
-                                                                       float* dweights) {
+__global__ void __launch_bounds__(kThreads, 10) activate_rows_backward(Activation<float> f, const T* da, const T* h,
+                                                                       T* dh, float* dweights) {
   const int64_t row = gridDim.x - 1 - blockIdx.x;
   const int width = static_cast<int>(f.width);
   const Mask mask = drawn_mask(f);
@@ -154,7 +152,6 @@ __global__ void __launch_bounds__(kThreads, 10) activate_rows_backward(Activatio
     widen(gradient, d);
 #pragma unroll
     for (int j = 0; j < 8; ++j) dot += activate_backward<T>(d[j], x[j], weight, kept >> j & 1);
-    store_part<kWhole>(da + column, narrow<T>(d), width - column);
     store_part<kWhole>(dh + column, narrow<T>(x), width - column);
   }
   dot = block_sum<kThreads>(dot);
@@ -171,7 +168,7 @@ void forward(Cuda, const Activation<float>& f, const T* h, T* a) {
                 kThreads, 0, f, h, a);
 }
 template <class T>
-void backward(Cuda, const Activation<float>& f, T* da, const T* h, T* dh, float* dweights) {
+void backward(Cuda, const Activation<float>& f, const T* da, const T* h, T* dh, float* dweights) {
   launch_blocks(whole(f, da, h, dh) ? activate_rows_backward<true, T> : activate_rows_backward<false, T>,
                 static_cast<unsigned>(f.rows), kThreads, 0, f, da, h, dh, dweights);
 }
@@ -207,32 +204,26 @@ Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const T
   check(p >= 0 && p < 1, "expert_mlp's probability of dropout must be in [0, 1), found {}", p);
   const int64_t rows = s.tokens * s.chosen;
   const Tensor h = Tensor::like(x, {rows, up.size(1)}), y = Tensor::like(x, {rows, x.size(1)});
-  // Kept: 25 MB a layer at 16384 rows of 768 in bf16, where gathering them again takes 12 us on an H200.
-  const Tensor gathered = gather_rows(x.detached(), r);
+  // Kept: 25 MB a layer at 16384 rows of 768 in bf16, where gathering them again takes 12 us on an H200, and 100 MB, where
+  // making a again takes 24 us.
+  const Tensor gathered = gather_rows(x.detached(), r), a = Tensor::like(h);
   multiply_grouped(GroupedProduct::forward, gathered, up, h, r.offsets);
-  {
-    const Tensor a = Tensor::like(h);
-    with_activation(h, weights, r, p, key, [&]<class T>(auto device, const auto& activation, T) {
-      forward(device, activation, h.data<T>(), a.data<T>());
-    });
-    multiply_grouped(GroupedProduct::forward, a, down, y, r.offsets);
-  }
+  with_activation(h, weights, r, p, key, [&]<class T>(auto device, const auto& activation, T) {
+    forward(device, activation, h.data<T>(), a.data<T>());
+  });
+  multiply_grouped(GroupedProduct::forward, a, down, y, r.offsets);
   return record(
       "expert_mlp", y, {x, up, down, weights},
-      [gathered, up = up.detached(), down = down.detached(), weights = weights.detached(), h, r, p, key,
+      [gathered, up = up.detached(), down = down.detached(), weights = weights.detached(), h, a, r, p, key,
        x_node = x.node()](const Tensor& dy) -> Gradients {
         Tensor dup = Tensor::like(up), ddown = Tensor::like(down);
         const Tensor dweights = Tensor::like(weights);
-        const Tensor dh = h.sole_owner() ? h : Tensor::like(h);
-        {
-          const Tensor da = Tensor::like(h), &a = da;  // in turn
-          multiply_grouped(GroupedProduct::input_gradient, dy, down, da, r.offsets);
-          with_activation(h, weights, r, p, key, [&]<class T>(auto device, const auto& activation, T) {
-            backward(device, activation, da.data<T>(), h.data<T>(), dh.data<T>(),
-                     dweights.data<acc_t<T>>());
-          });
-          multiply_weight_gradient(dy, a, ddown, r.offsets);
-        }
+        multiply_weight_gradient(dy, a, ddown, r.offsets);
+        const Tensor da = a.sole_owner() ? a : Tensor::like(a), dh = h.sole_owner() ? h : Tensor::like(h);
+        multiply_grouped(GroupedProduct::input_gradient, dy, down, da, r.offsets);
+        with_activation(h, weights, r, p, key, [&]<class T>(auto device, const auto& activation, T) {
+          backward(device, activation, da.data<T>(), h.data<T>(), dh.data<T>(), dweights.data<acc_t<T>>());
+        });
         multiply_weight_gradient(dh, gathered, dup, r.offsets);
         const Tensor dgathered = gathered.sole_owner() ? gathered : Tensor::like(gathered);
         multiply_grouped(GroupedProduct::input_gradient, dh, up, dgathered, r.offsets);

@@ -150,7 +150,9 @@ void multiply_weight_gradient(const Tensor& dy, const Tensor& x, Tensor& dw, con
   Tensor squares;
   if (dw.device() == Device::cuda && dw.dtype() == DType::bf16) {
     const MemoryScope memory(Category::gradient);
-    squares = Tensor::empty({dw.size(0), (dw.size(1) + 63) / 64, (dw.size(2) + 63) / 64}, DType::f32, dw.device());
+    squares = Tensor::empty({dw.size(0), (dw.size(1) + kSquaredRows - 1) / kSquaredRows,
+                             (dw.size(2) + kSquaredColumns - 1) / kSquaredColumns},
+                            DType::f32, dw.device());
   }
   if (multiply(Product::weight_gradient, dy, x, dw, offsets, squares)) dw.set_squares(squares);
 }

@@ -8,6 +8,8 @@ namespace weft {
 // Of each expert e with rows x, dy and matrix w: y = x w^T; dx = dy w; dw = dy^T x.
 enum class GroupedProduct : uint8_t { forward, input_gradient, weight_gradient };
 
+constexpr int kSquaredRows = 16, kSquaredColumns = 64;
+
 template <class T>
 struct Grouped {
   const T* a;              // x; dy; dy
@@ -15,7 +17,8 @@ struct Grouped {
   T* c;                    // y; dx; dw
   const int32_t* offsets;  // [E + 1], where the kernel runs
   int64_t rows, inputs, outputs, experts;
-  // [E, ceil(outputs / 64), ceil(inputs / 64)] or null: the warpgroup kernel's sums of squares of 64 x 64 of dw each
+  // [E, ceil(outputs / kSquaredRows), ceil(inputs / kSquaredColumns)] or null: where the warpgroup kernel leaves the sums
+  // of squares of such parts of dw
   float* squares = nullptr;
 };
 

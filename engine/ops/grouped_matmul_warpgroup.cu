@@ -1,14 +1,10 @@
-// grouped_matmul of bf16 on sm_90a. A block stays on its multiprocessor and walks tiles of 128 x 256: one thread
-// copies what they need into a ring of stages, two warpgroups multiply 64 rows each from there, and a warp for each
-// writes its finished sums while the next tile is multiplied. Rows of an expert start anywhere: a tile's copies go
-// past its last row, and only its own rows are written. At 16384 rows, 8 experts, 768 and 3072 columns, on an H200
-// at its power limit, the six products of a layer take 710 us in the steps of exp1; where each warpgroup wrote its
-// own sums, 735. Alone, in one run, the latter took 810, cuBLAS's products of equal experts 755, and with nothing
-// written 735. Lost: pairs of blocks that share their copies (15% fewer bytes from L2, and no fewer cycles), and
-// experts' activation before the write (183 us forward where the two passes took 194, and 250 us back where they
-// took 234).
+// grouped_matmul of bf16 on sm_90a. A block stays on its multiprocessor and walks tiles of 128 x 192: one thread copies
+// what they need into a ring of stages, and two warpgroups take turns, so that one multiplies a tile while the other
+// writes the one before. Rows of an expert start anywhere: a tile's copies go past its last row, and only its own rows
+// are written.
 #if WEFT_CUDA
 #include "engine/cuda/tensor_copy.h"
+#include "engine/cuda/vector.h"
 #include "engine/cuda/warpgroup.h"
 #include "engine/ops/grouped_matmul_kernels.h"
 
@@ -21,20 +17,20 @@ struct Sizes {
   float* squares;  // as in Grouped
 };
 
-constexpr int kTileM = 128, kTileN = 256, kDepth = kBoxSide, kStages = 3, kThreads = 384;
+constexpr int kTileM = 128, kTileN = 192, kDepth = kBoxSide, kStages = 4, kThreads = 384;
 constexpr int kStageElements = (kTileM + kTileN) * kDepth;
-// Finished sums on their way out: pieces of 64 rows and 128 columns, whose rows begin in different banks.
-constexpr int kPieces = 2, kPieceColumns = 128, kPieceStride = kPieceColumns + 8, kPieceElements = 64 * kPieceStride;
-constexpr size_t kSharedBytes = (kStages * kStageElements + 2 * kPieces * kPieceElements) * sizeof(bf16) + 1024;
+// Finished sums of one warpgroup on their way out, whose rows begin in different banks.
+constexpr int kOutStride = kTileN + 8, kOutElements = kTileM * kOutStride;
+constexpr size_t kSharedBytes = (kStages * kStageElements + kOutElements) * sizeof(bf16) + 1024;
 
 struct Tile {
   int expert, first;  // row of the expert's segment
   int row, rows;      // of the tile within the expert's C; rows that are left from there
-  int column, width;  // 256, or 128 or 64 in the last round
+  int column, width;  // 192, or 64 in the last round
   int depth;          // terms of the sums
 };
 
-// The tiles of one block in their order. Where the last round has few tiles they are cut into 2 or 4 narrower ones.
+// The tiles of one block in their order. Where the last round has few tiles they are cut into 3 narrower ones.
 template <GroupedProduct kProduct>
 class Walk {
   static constexpr bool kWeight = kProduct == GroupedProduct::weight_gradient;
@@ -50,7 +46,7 @@ class Walk {
     const int total = rows * columns_;
     whole_ = total / step_ * step_;
     const int rest = total - whole_;
-    parts_ = rest * 4 <= step_ ? 4 : rest * 2 <= step_ ? 2 : 1;
+    parts_ = rest * 3 <= step_ ? 3 : 1;
     count_ = whole_ + rest * parts_;
   }
   __device__ bool next(Tile& t) {
@@ -85,18 +81,42 @@ class Walk {
 
 struct Barriers {
   uint64_t full[kStages], empty[kStages];
-  uint64_t finished[2][kPieces], written[2][kPieces];  // pieces of each warpgroup
+  // Of each warpgroup: the other has seen all stages of its tile; it has written it.
+  uint64_t multiply[2], write[2];
 };
 
 // A place in the ring of stages.
 struct Place {
   int stage = 0;
   uint32_t parity = 0;
-  template <int kCount>
-  __device__ void advance() {
-    if (++stage == kCount) stage = 0, parity ^= 1;
+  __device__ void advance(int stages = 1) {
+    stage += stages;
+    parity ^= stage / kStages & 1;
+    stage %= kStages;
   }
 };
+
+// The warpgroups take turns: in multiplying, since one that waited for a stage of its tile before the other has seen the
+// stage before it in the same place would take that one's; and in writing, since there is place for one.
+class Turn {
+ public:
+  __device__ Turn(uint64_t (&barriers)[2], int group)
+      : mine_(&barriers[group]), other_(&barriers[group ^ 1]), parity_(group ^ 1) {}
+  __device__ void wait() {
+    wait_barrier(mine_, parity_);
+    parity_ ^= 1;
+  }
+  __device__ void pass() const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(other_);
+  }
+
+ private:
+  uint64_t *mine_, *other_;
+  uint32_t parity_;
+};
+
+__device__ int steps_of(const Tile& t) { return (t.depth + kDepth - 1) / kDepth; }
 
 // The copying thread's work.
 template <GroupedProduct kProduct>
@@ -106,7 +126,7 @@ __device__ void copy_tiles(const CUtensorMap* a_map, const CUtensorMap* b_map, c
   Walk<kProduct> walk(g);
   Place place;
   for (Tile t; walk.next(t);)
-    for (int k = 0; k < t.depth; k += kDepth, place.advance<kStages>()) {
+    for (int k = 0; k < t.depth; k += kDepth, place.advance()) {
       uint64_t* const full = &barriers.full[place.stage];
       bf16 *const a = stages + place.stage * kStageElements, *const b = a + kTileM * kDepth;
       wait_barrier(&barriers.empty[place.stage], place.parity ^ 1);
@@ -130,38 +150,40 @@ __device__ void copy_tiles(const CUtensorMap* a_map, const CUtensorMap* b_map, c
     }
 }
 
-// The first kCount of sums become those of this warpgroup's 64 rows of the tile.
-template <GroupedProduct kProduct, int kCount>
-__device__ void multiply_tile(float (&sums)[32][4], const Tile& t, bf16* stages, Barriers& barriers, Place& place) {
+// Adds up 8 kCount columns of the tile: rows 0 to 63 and, where kHalves is 2, 64 to 127.
+template <GroupedProduct kProduct, int kHalves, int kCount>
+__device__ void multiply_tile(float (&sums)[kHalves][kCount][4], const Tile& t, bf16* stages, Barriers& barriers,
+                              Place& place, const Turn& turn) {
   using Layout = GroupedLayout<kProduct>;
   constexpr int kNextColumns = kDepth * kBoxSide * sizeof(bf16);
   // 16 terms further along the sums: 16 rows of 128 bytes, or 32 bytes; an address counts 16 bytes.
   constexpr uint64_t kNextA = Layout::a_rows_are_k ? 128 : 2, kNextB = Layout::b_rows_are_k ? 128 : 2;
-  const int group = static_cast<int>(threadIdx.x) / 128 - 1;
-  bf16* const mine = stages + group * kBoxSide * kDepth;
-  const uint64_t a_first = warpgroup_tile(mine, Layout::a_rows_are_k ? kNextColumns : 16);
+  constexpr uint64_t kHalf = kNextColumns / 16;
+  const uint64_t a_first = warpgroup_tile(stages, Layout::a_rows_are_k ? kNextColumns : 16);
   const uint64_t b_first = warpgroup_tile(stages + kTileM * kDepth, Layout::b_rows_are_k ? kNextColumns : 16);
   const auto leave = [&](int stage) {
     if (threadIdx.x % 32 == 0) arrive(&barriers.empty[stage]);
   };
   int last = 0;
-  for (int k = 0; k < t.depth; k += kDepth, place.advance<kStages>()) {
+  for (int k = 0; k < t.depth; k += kDepth, place.advance()) {
     wait_barrier(&barriers.full[place.stage], place.parity);
     if constexpr (kProduct == GroupedProduct::weight_gradient)
       if (t.depth - k < kDepth) {  // rows of the next expert
-        uint4* const rows = reinterpret_cast<uint4*>(mine + place.stage * kStageElements);
+        uint4* const rows = reinterpret_cast<uint4*>(stages + place.stage * kStageElements);
         for (int i = (t.depth - k) * 8 + static_cast<int>(threadIdx.x) % 128; i < kDepth * 8; i += 128)
-          rows[i] = uint4{0, 0, 0, 0};
+          rows[i] = rows[i + kDepth * 8] = uint4{0, 0, 0, 0};
         publish_to_warpgroups();
-        sync_warpgroup(1 + group);
+        sync_warpgroup(static_cast<int>(threadIdx.x) / 128);
       }
     constexpr uint64_t kStage = kStageElements * sizeof(bf16) / 16;
     const uint64_t a = a_first + place.stage * kStage, b = b_first + place.stage * kStage;
     open_products();
 #pragma unroll
     for (int step = 0; step < kDepth / 16; ++step)
-      multiply_warpgroup<kCount, Layout::a_rows_are_k, Layout::b_rows_are_k>(sums, a + step * kNextA, b + step * kNextB,
-                                                                             k > 0 || step > 0);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half)
+        multiply_warpgroup<Layout::a_rows_are_k, Layout::b_rows_are_k>(sums[half], a + half * kHalf + step * kNextA,
+                                                                       b + step * kNextB);
     close_products();
     if (k > 0) {
       wait_products<1>();
@@ -169,32 +191,11 @@ __device__ void multiply_tile(float (&sums)[32][4], const Tile& t, bf16* stages,
     }
     last = place.stage;
   }
+  turn.pass();
   wait_products<0>();
-  settle(sums);
+#pragma unroll
+  for (auto& half : sums) settle(half);
   if (t.depth > 0) leave(last);
-  if (t.depth == 0)
-#pragma unroll
-    for (int j = 0; j < kCount; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[j][e] = 0;
-}
-
-// Leaves 64 rows of finished sums, kCount of them from kFirst, to the warp that writes them.
-template <int kFirst, int kCount>
-__device__ void hand_over(const float (&sums)[32][4], bf16* pieces, Barriers& barriers, Place& place) {
-  const int group = static_cast<int>(threadIdx.x) / 128 - 1;
-  const int warp = static_cast<int>(threadIdx.x) / 32 % 4, lane = threadIdx.x % 32;
-  bf16* const to = pieces + place.stage * kPieceElements + (warp * 16 + lane % 16) * kPieceStride + lane / 16 * 8;
-  wait_barrier(&barriers.written[group][place.stage], place.parity ^ 1);
-#pragma unroll
-  for (int j = 0; j < kCount; j += 2) {
-    const float(&left)[4] = sums[kFirst + j], (&right)[4] = sums[kFirst + j + 1];
-    store_quad(to + j * 8, pack(left[0], left[1]), pack(left[2], left[3]), pack(right[0], right[1]),
-               pack(right[2], right[3]));
-  }
-  __syncwarp();
-  if (lane == 0) arrive(&barriers.finished[group][place.stage]);
-  place.advance<kPieces>();
 }
 
 __device__ float sum_squares(const uint4& eight) {
@@ -207,77 +208,86 @@ __device__ float sum_squares(const uint4& eight) {
   return total;
 }
 
-// The work of the warp that writes the tiles of one warpgroup. A weight gradient is squared on the way, for the norm
-// that clips gradients; each 64 x 64 of it has a sum of its own, whose order no cut of the last round changes.
-template <GroupedProduct kProduct>
-__device__ void write_tiles(int group, const Sizes& g, const bf16* pieces, Barriers& barriers, bf16* c) {
-  const int lane = threadIdx.x % 32, width = kProduct == GroupedProduct::forward ? g.outputs : g.inputs;
-  constexpr bool kWeight = kProduct == GroupedProduct::weight_gradient;
-  const bool squared = kWeight && g.squares;
-  constexpr int kUnroll = kWeight ? 2 : 4;  // 4 and squares spill
-  Walk<kProduct> walk(g);
-  Place place;
-  for (Tile t; walk.next(t);) {
-    const int rows = min(t.rows - group * 64, 64);
-    if (rows <= 0) continue;
-    const int64_t first = kWeight ? int64_t{t.expert} * g.outputs : t.first;
-    for (int done = 0; done < t.width; done += kPieceColumns, place.advance<kPieces>()) {
-      const int part = lane % 16 * 8, column = t.column + done + part;
-      const bf16* const from = pieces + place.stage * kPieceElements + part;
-      bf16* const to = c + (first + t.row + group * 64) * width + column;
-      const bool mine = part < t.width && column < width;
-      float squares = 0;
-      wait_barrier(&barriers.finished[group][place.stage], place.parity);
-      if (mine)
-#pragma unroll kUnroll
-        for (int row = lane / 16; row < rows; row += 2) {
-          const uint4 eight = *reinterpret_cast<const uint4*>(from + row * kPieceStride);
-          *reinterpret_cast<uint4*>(to + int64_t{row} * width) = eight;
-          if (squared) squares += sum_squares(eight);
-        }
-      __syncwarp();
-      if (lane == 0) arrive(&barriers.written[group][place.stage]);
-      if constexpr (kWeight) {
+// Leaves a warp's rows of the tile, 16 of each half, in shared memory.
+template <int kHalves, int kCount>
+__device__ void lay_out(const float (&sums)[kHalves][kCount][4], bf16* out) {
+  const int lane = threadIdx.x % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
 #pragma unroll
-        for (const int other : {1, 2, 4, 16}) squares += __shfl_xor_sync(~0u, squares, other);
-        const int64_t row = int64_t{t.expert} * ((g.outputs + 63) / 64) + t.row / 64 + group;
-        if (squared && mine && lane % 8 == 0 && lane < 16) g.squares[row * ((width + 63) / 64) + column / 64] = squares;
+  for (int half = 0; half < kHalves; ++half) {
+    bf16* const to = out + (half * 64 + warp * 16 + lane % 16) * kOutStride + lane / 16 * 8;
+#pragma unroll
+    for (int j = 0; j < kCount; j += 2) {
+      const float(&l)[4] = sums[half][j], (&r)[4] = sums[half][j + 1];
+      store_quad(to + j * 8, pack(l[0], l[1]), pack(l[2], l[3]), pack(r[0], r[1]), pack(r[2], r[3]));
+    }
+  }
+  __syncwarp();
+}
+
+template <GroupedProduct kProduct, int kHalves, int kCount>
+__device__ void compute_tile(const Tile& t, bf16* stages, bf16* out, Barriers& barriers, Place& place, Turn& multiply,
+                             Turn& write) {
+  float sums[kHalves][kCount][4] = {};
+  multiply.wait();
+  multiply_tile<kProduct>(sums, t, stages, barriers, place, multiply);
+  write.wait();
+  lay_out(sums, out);
+}
+
+// Writes a warp's rows of a tile that is laid out, 4 rows of 64 columns at once. A weight gradient is squared on the way,
+// for the norm that clips gradients; every 16 x 64 of it has a sum of its own, whose order no cut of the last round
+// changes.
+template <GroupedProduct kProduct>
+__device__ void write_tile(const Tile& t, const Sizes& g, const bf16* out, bf16* c) {
+  constexpr bool kWeight = kProduct == GroupedProduct::weight_gradient;
+  const int lane = threadIdx.x % 32, warp = static_cast<int>(threadIdx.x) / 32 % 4;
+  const int width = kProduct == GroupedProduct::forward ? g.outputs : g.inputs;
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    const int row = half * 64 + warp * 16 + lane / 8, left = t.rows - row;
+    const int64_t first = (kWeight ? int64_t{t.expert} * g.outputs : t.first) + t.row + row;
+#pragma unroll 1
+    for (int done = 0; done < t.width; done += kSquaredColumns) {
+      const int column = t.column + done + lane % 8 * 8;
+      const bf16* const from = out + row * kOutStride + done + lane % 8 * 8;
+      bf16* const to = c + first * width + column;
+      float squares = 0;
+#pragma unroll
+      for (int i = 0; i < kSquaredRows; i += 4)
+        if (i < left && column < width) {
+          const uint4 eight = *reinterpret_cast<const uint4*>(from + i * kOutStride);
+          *reinterpret_cast<uint4*>(to + int64_t{i} * width) = eight;
+          if (kWeight) squares += sum_squares(eight);
+        }
+      if (kWeight && g.squares) {
+        squares = warp_sum(squares);
+        const int64_t rows = (g.outputs + kSquaredRows - 1) / kSquaredRows;
+        const int64_t range = t.expert * rows + (t.row + row) / kSquaredRows;
+        const int columns = (width + kSquaredColumns - 1) / kSquaredColumns;
+        if (lane == 0 && left > 0 && column < width) g.squares[range * columns + column / kSquaredColumns] = squares;
       }
     }
   }
 }
 
-template <GroupedProduct kProduct, int kCount>
-__device__ void compute_tile(float (&sums)[32][4], const Tile& t, bf16* stages, bf16* pieces, Barriers& barriers,
-                             Place& place, Place& piece) {
-  multiply_tile<kProduct, kCount>(sums, t, stages, barriers, place);
-  hand_over<0, kCount < 16 ? kCount : 16>(sums, pieces, barriers, piece);
-  if constexpr (kCount > 16) hand_over<16, 16>(sums, pieces, barriers, piece);
-}
-
-// The work of a warpgroup that multiplies.
+// The work of a warpgroup: every second tile of the block.
 template <GroupedProduct kProduct>
-__device__ void multiply_tiles(int group, const Sizes& g, bf16* stages, bf16* pieces, Barriers& barriers) {
+__device__ void compute_every_second(int group, const Sizes& g, bf16* stages, Barriers& barriers, bf16* c) {
+  bf16* const out = stages + kStages * kStageElements;
+  Turn multiply(barriers.multiply, group), write(barriers.write, group);
   Walk<kProduct> walk(g);
-  Place place, piece;
-  float sums[32][4] = {};
-  Tile t;
-  for (bool more = walk.next(t); more;) {
-    Tile following = t;  // found before its turn, so that nothing waits for its rows
-    const bool again = walk.next(following);
-    if (t.rows <= group * 64) {  // none for this warpgroup
-      for (int k = 0; k < t.depth; k += kDepth, place.advance<kStages>()) {
-        wait_barrier(&barriers.full[place.stage], place.parity);
-        if (threadIdx.x % 32 == 0) arrive(&barriers.empty[place.stage]);
-      }
-    } else if (t.width == 256) {
-      compute_tile<kProduct, 32>(sums, t, stages, pieces, barriers, place, piece);
-    } else if (t.width == 128) {
-      compute_tile<kProduct, 16>(sums, t, stages, pieces, barriers, place, piece);
-    } else {
-      compute_tile<kProduct, 8>(sums, t, stages, pieces, barriers, place, piece);
+  Place place;
+  int of = 0;  // whose tile it is
+  for (Tile t; walk.next(t); of ^= 1) {
+    if (of != group) {
+      place.advance(steps_of(t));
+      continue;
     }
-    t = following, more = again;
+    if (t.width < kTileN) compute_tile<kProduct, 2, kBoxSide / 8>(t, stages, out, barriers, place, multiply, write);
+    else if (t.rows > 64) compute_tile<kProduct, 2, kTileN / 8>(t, stages, out, barriers, place, multiply, write);
+    else compute_tile<kProduct, 1, kTileN / 8>(t, stages, out, barriers, place, multiply, write);
+    write_tile<kProduct>(t, g, out, c);
+    write.pass();
   }
 }
 
@@ -286,30 +296,27 @@ __device__ void compute_tiles(const CUtensorMap* a_map, const CUtensorMap* b_map
   extern __shared__ __align__(1024) uint4 shared_stages[];
   __shared__ Barriers barriers;
   bf16* const stages = reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(shared_stages) + 1023) / 1024 * 1024);
-  bf16* const pieces = stages + kStages * kStageElements;
   if (threadIdx.x == 0) {
     prefetch_map(a_map);
     prefetch_map(b_map);
     for (int i = 0; i < kStages; ++i) {
       init_barrier(&barriers.full[i], 1);
-      init_barrier(&barriers.empty[i], 8);
+      init_barrier(&barriers.empty[i], 4);
     }
-    for (int i = 0; i < 2 * kPieces; ++i) {
-      init_barrier(&barriers.finished[i / kPieces][i % kPieces], 4);
-      init_barrier(&barriers.written[i / kPieces][i % kPieces], 1);
+    for (int i = 0; i < 2; ++i) {
+      init_barrier(&barriers.multiply[i], 4);
+      init_barrier(&barriers.write[i], 4);
     }
     publish_barriers();
   }
   __syncthreads();
-  const int warp = static_cast<int>(threadIdx.x) / 32, group = warp < 4 ? warp - 1 : warp / 4 - 1;
-  bf16* const mine = pieces + group * kPieces * kPieceElements;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp < 4) {
-    give_registers<88>();
+    give_registers<40>();
     if (threadIdx.x == 0) copy_tiles<kProduct>(a_map, b_map, g, stages, barriers);
-    if (warp == 1 || warp == 2) write_tiles<kProduct>(group, g, mine, barriers, c);
   } else {
-    take_registers<208>();
-    multiply_tiles<kProduct>(group, g, stages, mine, barriers);
+    take_registers<232>();
+    compute_every_second<kProduct>(warp / 4 - 1, g, stages, barriers, c);
   }
 }
 
@@ -323,7 +330,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <GroupedProduct kProduct>
 void launch(const Grouped<bf16>& g) {
   const bool forward = kProduct == GroupedProduct::forward, of_rows = kProduct == GroupedProduct::weight_gradient;
-  launch_blocks(grouped_matmul_kernel<kProduct>, static_cast<unsigned>(multiprocessors()), kThreads, kSharedBytes,
+  launch_blocks(grouped_matmul_kernel<kProduct>, static_cast<unsigned>(multiprocessors()), kThreads,
+                kSharedBytes,
                 box_map(g.a, 1, g.rows, forward ? g.inputs : g.outputs),
                 of_rows ? box_map(g.b, 1, g.rows, g.inputs) : box_map(g.b, g.experts, g.outputs, g.inputs),
                 Sizes{.offsets = g.offsets, .inputs = static_cast<int>(g.inputs),
