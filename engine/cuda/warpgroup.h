@@ -53,18 +53,16 @@ __device__ void settle(float (&d)[kCount][4]) {
     asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
 }
 
-// d[64, 8 kCount] = a[64, 16] b[16, 8 kCount], or += where `add`; kCount is 32, 24, 16 or 8, the rest of d is not touched.
-// d: element e of d[j] in warp w of the four is row 16 w + g + 8 (e / 2), column 8 j + 2c + e % 2. kARowsAreSums,
-// kBRowsAreSums: how the tile is stored.
+// d[64, 8 kCount] += a[64, 16] b[16, 8 kCount]; kCount is 8, 16 or 24. d: element e of d[j] in warp w of the four is row
+// 16 w + g + 8 (e / 2), column 8 j + 2c + e % 2. kARowsAreSums, kBRowsAreSums: how the tile is stored.
 #define WEFT_SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define WEFT_SUMS_4(j) WEFT_SUMS(j), WEFT_SUMS(j + 1), WEFT_SUMS(j + 2), WEFT_SUMS(j + 3)
 #define WEFT_SUMS_8(j) WEFT_SUMS_4(j), WEFT_SUMS_4(j + 4)
-#define WEFT_MULTIPLY(n, names, a_at, b_at, a_rows, b_rows, add_at, ...)                                             \
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %" add_at ", 0; "                                                      \
-               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" names "}, %" a_at ", %" b_at              \
-               ", p, 1, 1, %" a_rows ", %" b_rows ";}"                                                               \
-               : __VA_ARGS__                                                                                         \
-               : "l"(a), "l"(b), "n"(kARowsAreSums ? 1 : 0), "n"(kBRowsAreSums ? 1 : 0), "r"(static_cast<int>(add)))
+#define WEFT_MULTIPLY(n, names, a_at, b_at, a_rows, b_rows, ...)                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" names "}, %" a_at ", %" b_at       \
+               ", 1, 1, 1, %" a_rows ", %" b_rows ";"                                                         \
+               : __VA_ARGS__                                                                                  \
+               : "l"(a), "l"(b), "n"(kARowsAreSums ? 1 : 0), "n"(kBRowsAreSums ? 1 : 0))
 #define WEFT_NAMES_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" ", " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -74,28 +72,16 @@ __device__ void settle(float (&d)[kCount][4]) {
 #define WEFT_NAMES_96 WEFT_NAMES_64 ", " \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" ", " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define WEFT_NAMES_128 WEFT_NAMES_96 ", " \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" ", " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-template <int kCount, bool kARowsAreSums, bool kBRowsAreSums, int kSize>
-__device__ inline void multiply_warpgroup(float (&d)[kSize][4], uint64_t a, uint64_t b, bool add) {
-  static_assert(kCount <= kSize);
-  if constexpr (kCount == 32) {
-    WEFT_MULTIPLY("256", WEFT_NAMES_128, "128", "129", "130", "131", "132", WEFT_SUMS_8(0), WEFT_SUMS_8(8),
-                  WEFT_SUMS_8(16), WEFT_SUMS_8(24));
-  } else if constexpr (kCount == 24) {
-    WEFT_MULTIPLY("192", WEFT_NAMES_96, "96", "97", "98", "99", "100", WEFT_SUMS_8(0), WEFT_SUMS_8(8), WEFT_SUMS_8(16));
-  } else if constexpr (kCount == 16) {
-    WEFT_MULTIPLY("128", WEFT_NAMES_64, "64", "65", "66", "67", "68", WEFT_SUMS_8(0), WEFT_SUMS_8(8));
-  } else {
-    static_assert(kCount == 8);
-    WEFT_MULTIPLY("64", WEFT_NAMES_32, "32", "33", "34", "35", "36", WEFT_SUMS_8(0));
-  }
-}
-// All of d += the product.
 template <bool kARowsAreSums, bool kBRowsAreSums, int kCount>
 __device__ inline void multiply_warpgroup(float (&d)[kCount][4], uint64_t a, uint64_t b) {
-  multiply_warpgroup<kCount, kARowsAreSums, kBRowsAreSums>(d, a, b, true);
+  if constexpr (kCount == 24) {
+    WEFT_MULTIPLY("192", WEFT_NAMES_96, "96", "97", "98", "99", WEFT_SUMS_8(0), WEFT_SUMS_8(8), WEFT_SUMS_8(16));
+  } else if constexpr (kCount == 16) {
+    WEFT_MULTIPLY("128", WEFT_NAMES_64, "64", "65", "66", "67", WEFT_SUMS_8(0), WEFT_SUMS_8(8));
+  } else {
+    static_assert(kCount == 8);
+    WEFT_MULTIPLY("64", WEFT_NAMES_32, "32", "33", "34", "35", WEFT_SUMS_8(0));
+  }
 }
 #undef WEFT_SUMS
 #undef WEFT_SUMS_4
@@ -104,6 +90,5 @@ __device__ inline void multiply_warpgroup(float (&d)[kCount][4], uint64_t a, uin
 #undef WEFT_NAMES_32
 #undef WEFT_NAMES_64
 #undef WEFT_NAMES_96
-#undef WEFT_NAMES_128
 
 }  // namespace weft
