@@ -53,8 +53,8 @@ __device__ void settle(float (&d)[kCount][4]) {
     asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
 }
 
-// d[64, 8 kCount] += a[64, 16] b[16, 8 kCount]; kCount is 8, 16 or 24. d: element e of d[j] in warp w of the four is row
-// 16 w + g + 8 (e / 2), column 8 j + 2c + e % 2. kARowsAreSums, kBRowsAreSums: how the tile is stored.
+// d[64, 8 kCount] += a[64, 16] b[16, 8 kCount]; kCount is 8, 16 or 24. d: element e of d[j] in warp w of the four is
+// row 16 w + g + 8 (e / 2), column 8 j + 2c + e % 2. kARowsAreSums, kBRowsAreSums: how the tile is stored.
 #define WEFT_SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define WEFT_SUMS_4(j) WEFT_SUMS(j), WEFT_SUMS(j + 1), WEFT_SUMS(j + 2), WEFT_SUMS(j + 3)
 #define WEFT_SUMS_8(j) WEFT_SUMS_4(j), WEFT_SUMS_4(j + 4)

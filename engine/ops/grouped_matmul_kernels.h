@@ -8,6 +8,7 @@ namespace weft {
 // Of each expert e with rows x, dy and matrix w: y = x w^T; dx = dy w; dw = dy^T x.
 enum class GroupedProduct : uint8_t { forward, input_gradient, weight_gradient };
 
+// The part of a weight gradient whose squares the warpgroup kernel sums.
 constexpr int kSquaredRows = 16, kSquaredColumns = 64;
 
 template <class T>
@@ -17,9 +18,7 @@ struct Grouped {
   T* c;                    // y; dx; dw
   const int32_t* offsets;  // [E + 1], where the kernel runs
   int64_t rows, inputs, outputs, experts;
-  // [E, ceil(outputs / kSquaredRows), ceil(inputs / kSquaredColumns)] or null: where the warpgroup kernel leaves the sums
-  // of squares of such parts of dw
-  float* squares = nullptr;
+  float* squares = nullptr;  // [E, ceil(outputs / kSquaredRows), ceil(inputs / kSquaredColumns)] or null
 };
 
 // c = the product of a and b, which are as in Grouped; sizes are checked by the caller.

@@ -1,7 +1,10 @@
 // grouped_matmul of bf16 on sm_90a. A block stays on its multiprocessor and walks tiles of 128 x 192: one thread copies
 // what they need into a ring of stages, and two warpgroups take turns, so that one multiplies a tile while the other
 // writes the one before. Rows of an expert start anywhere: a tile's copies go past its last row, and only its own rows
-// are written.
+// are written. At 16384 rows, 8 experts, 768 and 3072 columns, on an H200 at its power limit, the six products of a
+// layer take 764 us in one run, where two warpgroups that multiplied tiles of 128 x 256 together took 812: of such a
+// tile's 16000 cycles 2600 went into finding the next one, draining the products and handing over the sums. What else
+// was tried and lost is in tools/bench_step/h200.md.
 #if WEFT_CUDA
 #include "engine/cuda/tensor_copy.h"
 #include "engine/cuda/vector.h"
@@ -96,8 +99,8 @@ struct Place {
   }
 };
 
-// The warpgroups take turns: in multiplying, since one that waited for a stage of its tile before the other has seen the
-// stage before it in the same place would take that one's; and in writing, since there is place for one.
+// The warpgroups take turns: in multiplying, since one that waited for a stage of its tile before the other has seen
+// the stage before it in the same place would take that one's; and in writing, since there is place for one.
 class Turn {
  public:
   __device__ Turn(uint64_t (&barriers)[2], int group)
@@ -150,7 +153,7 @@ __device__ void copy_tiles(const CUtensorMap* a_map, const CUtensorMap* b_map, c
     }
 }
 
-// Adds up 8 kCount columns of the tile: rows 0 to 63 and, where kHalves is 2, 64 to 127.
+// Adds the products of 8 kCount columns of the tile to sums: rows 0 to 63 and, where kHalves is 2, 64 to 127.
 template <GroupedProduct kProduct, int kHalves, int kCount>
 __device__ void multiply_tile(float (&sums)[kHalves][kCount][4], const Tile& t, bf16* stages, Barriers& barriers,
                               Place& place, const Turn& turn) {
@@ -234,8 +237,8 @@ __device__ void compute_tile(const Tile& t, bf16* stages, bf16* out, Barriers& b
   lay_out(sums, out);
 }
 
-// Writes a warp's rows of a tile that is laid out, 4 rows of 64 columns at once. A weight gradient is squared on the way,
-// for the norm that clips gradients; every 16 x 64 of it has a sum of its own, whose order no cut of the last round
+// Writes a warp's rows of a tile that is laid out, 4 rows of 64 columns at once. A weight gradient is squared on the
+// way, for the norm that clips gradients; every 16 x 64 of it has a sum of its own, whose order no cut of the last round
 // changes.
 template <GroupedProduct kProduct>
 __device__ void write_tile(const Tile& t, const Sizes& g, const bf16* out, bf16* c) {
@@ -330,8 +333,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <GroupedProduct kProduct>
 void launch(const Grouped<bf16>& g) {
   const bool forward = kProduct == GroupedProduct::forward, of_rows = kProduct == GroupedProduct::weight_gradient;
-  launch_blocks(grouped_matmul_kernel<kProduct>, static_cast<unsigned>(multiprocessors()), kThreads,
-                kSharedBytes,
+  launch_blocks(grouped_matmul_kernel<kProduct>, static_cast<unsigned>(multiprocessors()), kThreads, kSharedBytes,
                 box_map(g.a, 1, g.rows, forward ? g.inputs : g.outputs),
                 of_rows ? box_map(g.b, 1, g.rows, g.inputs) : box_map(g.b, g.experts, g.outputs, g.inputs),
                 Sizes{.offsets = g.offsets, .inputs = static_cast<int>(g.inputs),
