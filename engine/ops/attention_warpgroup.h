@@ -114,10 +114,8 @@ struct Widths {
   static constexpr int keys_step = 64, keys_blocks = wide ? 2 : 3;
   static constexpr int product_stages = 3, product_blocks = wide ? 3 : 4;
   static constexpr size_t forward_bytes = sizeof(bf16) * (kRows * kDk + 2 * forward_step * (kDk + kDv));
-  static constexpr size_t keys_bytes(bool with_dk) {
-    return sizeof(bf16) * (kRows * (kDk + kDv) + keys_step * ((with_dk ? 2 : 1) * kDk + 2 * kDv)) +
-           sizeof(float) * 2 * 4 * keys_step;
-  }
+  static constexpr size_t keys_bytes =
+      sizeof(bf16) * (kRows * (kDk + kDv) + keys_step * (kDk + 2 * kDv)) + sizeof(float) * 2 * 4 * keys_step;
   static constexpr size_t product_bytes = sizeof(bf16) * product_stages * kRows * (kRows + kDk);
 };
 

@@ -1,7 +1,6 @@
-// Attention of bf16 on sm_90a, backward. A warpgroup owns 64 keys and walks over the queries that see them: it sums dv,
-// of narrow heads dk too, and leaves the gradients of the scores, ds, in memory. dq, and dk of wide heads or of one that
-// all share, are plain products of those and k or q. So no sum needs atomics, and every score is computed once; blocks
-// and widths are as in the forward kernel.
+// Attention of bf16 on sm_90a, backward. A warpgroup owns 64 keys and walks over the queries that see them: it sums dv
+// and leaves the gradients of the scores, ds, in memory. dq and dk are plain products of those and k or q. So no sum
+// needs atomics, and every score is computed once; blocks and widths are as in the forward kernel.
 #if WEFT_CUDA
 #include "engine/ops/attention_warpgroup.h"
 #include "engine/tensor.h"
@@ -88,38 +87,17 @@ __device__ void copy_queries(bf16* tile, const bf16* from, int64_t stride, int r
                     lane.row + 16 * i < rows && 64 * panel + lane.column < width);
 }
 
-__device__ void turn_pair_back(float& x, float& y, const float* angle) {
-  const float2 turn = *reinterpret_cast<const float2*>(angle);
-  const float a = x, b = y;
-  x = a * turn.x + b * turn.y;
-  y = b * turn.x - a * turn.y;
-}
-
-// Turns the pairs of rows from `first` of dq or dk back (rope.cu).
-template <int kCount>
-__device__ void turn_back(float (&sums)[kCount][4], const AttentionSize& a, int first, const Lane& lane) {
-  const int kept = a.key_width - a.rotated;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int t = first + 16 * lane.warp + lane.g + 8 * half;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      if (const int column = 8 * j + 2 * lane.c; t < a.time && column >= kept && column < a.key_width)
-        turn_pair_back(sums[j][2 * half], sums[j][2 * half + 1], a.angles + t * a.rotated + column - kept);
-  }
-}
-
-// dv of 64 keys, dk if kWithDk, and ds of them and of the queries that see them: rows are keys.
-template <class W, bool kWithDk>
+// dv of 64 keys, and ds of them and of the queries that see them: rows are keys.
+template <class W>
 __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_keys(AttentionSize a,
                                                                                    AttentionBackward<bf16> x,
                                                                                    bf16* scores) {
   if (kHasWarpgroups) {
-    constexpr int kQueries = W::keys_step, kSlots = kWithDk ? 2 : 1;  // of q; dk needs it until the step's end
+    constexpr int kQueries = W::keys_step;
     bf16* k = shared_panels;                                              // [64, Dk]
     bf16* v = k + kRows * W::key;                                         // [64, Dv]
-    bf16* q = v + kRows * W::value;                                       // [kSlots, kQueries, Dk]
-    bf16* dy = q + kSlots * kQueries * W::key;                            // [2, kQueries, Dv]
+    bf16* q = v + kRows * W::value;                                       // [kQueries, Dk]
+    bf16* dy = q + kQueries * W::key;                                     // [2, kQueries, Dv]
     float* lse = reinterpret_cast<float*>(dy + 2 * kQueries * W::value);  // [2, kQueries]
     float* delta = lse + 2 * kQueries;                                    // [2, kQueries]
     uint32_t* kept_bits = reinterpret_cast<uint32_t*>(delta + 2 * kQueries);  // [2, 2, kQueries]
@@ -138,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
     const uint32_t* next_kept = a.kept + (at.rows + s0 + query) * a.kept_words + s0 / 32 + half;
     const auto copy_step = [&](int step) {
       const int left = a.time - s0 - step * kQueries, slot = step % 2;
-      copy_queries<kQueries, W::key>(q + slot % kSlots * kQueries * W::key, next_q, at.q_stride, left, a.key_width, lane);
+      copy_queries<kQueries, W::key>(q, next_q, at.q_stride, left, a.key_width, lane);
       copy_queries<kQueries, W::value>(dy + slot * kQueries * W::value, next_dy, at.y_stride, left, a.value_width,
                                        lane);
       if (half < 2) {
@@ -159,16 +137,16 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
 
     bf16* to = score_tile(scores, key_tiles, unit.head, unit.tile, unit.tile) + row * kRows;
     const uint32_t first_key = 1u << row % 32, second_key = first_key << 8;  // of this thread, in a word of the mask
-    float dv[W::value / 64][8][4] = {}, dk[kWithDk ? W::key / 64 : 1][8][4] = {};
+    float dv[W::value / 64][8][4] = {};
     for (int step = 0; step < steps; ++step) {
       wait_copies<0>();
       publish_to_warpgroups();
       __syncthreads();
       const int t0 = s0 + step * kQueries, slot = step % 2;
-      const bf16 *q_tile = q + slot % kSlots * kQueries * W::key, *dy_tile = dy + slot * kQueries * W::value;
+      const bf16* dy_tile = dy + slot * kQueries * W::value;
       float p[kQueries / 8][4], ds[kQueries / 8][4];
       open_products();
-      start_products<kQueries, W::key>(p, k, q_tile);
+      start_products<kQueries, W::key>(p, k, q);
       close_products();
       start_products<kQueries, W::value>(ds, v, dy_tile);
       close_products();
@@ -192,7 +170,6 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
       wait_products<0>();
       settle(ds);
       settle_panels(dv);
-      if (kWithDk) settle_panels(dk);
       __syncthreads();
       if (step + 1 < steps) copy_step(step + 1);
       close_copies();
@@ -211,7 +188,6 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
       round_sums(gradients, ds);
       open_products();
       start_sums<kQueries, W::value>(dv, dropped, dy_tile);
-      if constexpr (kWithDk) start_sums<kQueries, W::key>(dk, gradients, q_tile);
       close_products();
 #pragma unroll
       for (int group = 0; group < kQueries / 32; ++group)
@@ -225,16 +201,9 @@ __global__ void __launch_bounds__(kThreads, W::keys_blocks) warpgroup_backward_k
       if ((t0 + kQueries) % kRows == 0) to += kScores;
       wait_products<0>();
       settle_panels(dv);
-      if (kWithDk) settle_panels(dk);
     }
     __syncthreads();
     store_rows(x.dv + at.v, at.v_stride, s0, a.time, a.value_width, dv, {keep_scale, keep_scale}, shared_panels, lane);
-    if constexpr (kWithDk) {
-      static_assert(W::key == 64);
-      const float factor = static_cast<float>(a.scale) * keep_scale;
-      turn_back(dk[0], a, s0, lane);
-      store_rows(x.dk + at.k, at.k_stride, s0, a.time, a.key_width, dk, {factor, factor}, v, lane);
-    }
   }
 }
 
@@ -287,33 +256,43 @@ __device__ void sum_products(float (&sums)[W::key / 8][4], int count, Factors f,
   __syncthreads();
 }
 
-// dq from ds, and dk unless the kernel before has made it. Where all heads share one key head, clusters of kParts blocks
-// sum dk of 64 keys over them: each of them over every kParts-th head, then over the blocks.
-enum class Keys : uint8_t { none, own, shared };
+__device__ void turn_pair_back(float& x, float& y, const float* angle) {
+  const float2 turn = *reinterpret_cast<const float2*>(angle);
+  const float a = x, b = y;
+  x = a * turn.x + b * turn.y;
+  y = b * turn.x - a * turn.y;
+}
+
+// Turns the pairs of rows from `first` of dq or dk back (rope.cu).
+template <int kCount>
+__device__ void turn_back(float (&sums)[kCount][4], const AttentionSize& a, int first, const Lane& lane) {
+  const int kept = a.key_width - a.rotated;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int t = first + 16 * lane.warp + lane.g + 8 * half;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      if (const int column = 8 * j + 2 * lane.c; t < a.time && column >= kept && column < a.key_width)
+        turn_pair_back(sums[j][2 * half], sums[j][2 * half + 1], a.angles + t * a.rotated + column - kept);
+  }
+}
+
+// dq and dk from ds. Where all heads share one key head, clusters of kParts blocks sum dk of 64 keys over them: each of
+// them over every kParts-th head, then over the blocks.
 constexpr int kParts = 4;
-inline Keys keys_left(const AttentionSize& a, bool wide) {
-  return a.key_heads != a.heads ? Keys::shared : wide ? Keys::own : Keys::none;
-}
-// Blocks for the keys of one tile of one sequence, and for those and its queries, in whole clusters.
-WEFT_HD inline int key_parts(const AttentionSize& a, Keys keys) {
-  return keys == Keys::shared ? kParts : keys == Keys::own ? a.heads : 0;
-}
-WEFT_HD inline int round_of(const AttentionSize& a, Keys keys) {
-  return (key_parts(a, keys) + a.heads + kParts - 1) / kParts * kParts;
-}
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define WEFT_CLUSTER(n) __cluster_dims__(n)
 #else
 #define WEFT_CLUSTER(n)
 #endif
-template <class W, Keys kKeys>
-__global__ void __launch_bounds__(kThreads, W::product_blocks) WEFT_CLUSTER(kKeys == Keys::shared ? kParts : 1)
+template <class W, bool kShared>
+__global__ void __launch_bounds__(kThreads, W::product_blocks) WEFT_CLUSTER(kShared ? kParts : 1)
     warpgroup_backward_products(AttentionSize a, AttentionBackward<bf16> x, bf16* scores) {
   if (kHasWarpgroups) {
-    constexpr bool kShared = kKeys == Keys::shared;
     const Lane lane;
-    const int tiles = (a.time + kRows - 1) / kRows, parts = key_parts(a, kKeys);
-    const int round = round_of(a, kKeys);  // the blocks of dk with the most work that is left, then those of dq
+    const int tiles = (a.time + kRows - 1) / kRows, parts = kShared ? kParts : a.heads;
+    // A round: the blocks of dk with the most work that is left, then those of dq.
+    const int round = (parts + a.heads + kParts - 1) / kParts * kParts;
     const int b = blockIdx.x / (round * tiles), level = blockIdx.x / round % tiles, which = blockIdx.x % round;
     if (which >= parts + a.heads) return;
     const float factor = static_cast<float>(a.scale * a.keep_scale);
@@ -391,24 +370,18 @@ __global__ void __launch_bounds__(kThreads, W::product_blocks) WEFT_CLUSTER(kKey
 template <class W>
 void backward(const AttentionSize& a, AttentionBackward<bf16> t) {
   const int tiles = (a.time + kRows - 1) / kRows, heads = a.batch * a.heads;
-  const Keys keys = keys_left(a, W::wide);
+  const bool shared = a.key_heads != a.heads;
+  const int parts = shared ? kParts : a.heads, round = (parts + a.heads + kParts - 1) / kParts * kParts;
   // With 16 sequences of 512 tokens and 12 heads the scores take 57 MB.
   const Tensor scores = Tensor::empty({heads * score_tiles(tiles) * kScores}, DType::bf16, Device::cuda);
   const Tensor rows = Tensor::empty({2, heads, a.time}, DType::f32, Device::cuda);
   t.delta = rows.data<float>();
   launch_blocks(warpgroup_backward_rows, dim3(static_cast<unsigned>(heads), static_cast<unsigned>((a.time + 31) / 32)),
                 256, 0, a, t);
-  const auto by_keys = [&] {
-    if constexpr (!W::wide)
-      if (keys == Keys::none) return warpgroup_backward_keys<W, true>;
-    return warpgroup_backward_keys<W, false>;
-  }();
-  launch_blocks(by_keys, static_cast<unsigned>(heads * tiles), kThreads, W::keys_bytes(keys == Keys::none), a, t,
+  launch_blocks(warpgroup_backward_keys<W>, static_cast<unsigned>(heads * tiles), kThreads, W::keys_bytes, a, t,
                 scores.data<bf16>());
-  launch_blocks(keys == Keys::shared ? warpgroup_backward_products<W, Keys::shared>
-                                     : warpgroup_backward_products<W, W::wide ? Keys::own : Keys::none>,
-                static_cast<unsigned>(a.batch * round_of(a, keys) * tiles), kThreads, W::product_bytes, a, t,
-                scores.data<bf16>());
+  launch_blocks(shared ? warpgroup_backward_products<W, true> : warpgroup_backward_products<W, false>,
+                static_cast<unsigned>(a.batch * round * tiles), kThreads, W::product_bytes, a, t, scores.data<bf16>());
 }
 
 }  // namespace
