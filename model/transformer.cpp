@@ -13,7 +13,7 @@ const Config& validated(const Config& c) {
 
 // The share of a parameter that one token passes through.
 double active_share(const Config& c, const Parameter& p) {
-  return p.shape.rank() == 3 ? static_cast<double>(c.top_k) / c.experts : 1.0;
+  return p.of_experts() ? static_cast<double>(c.top_k) / c.experts : 1.0;
 }
 
 }  // namespace

@@ -199,6 +199,13 @@ void squares_hold(const std::vector<int64_t>& rows_of, int64_t inputs, int64_t o
   const Tensor dy = typed(draw(rows * outputs, 2), {rows, outputs}, DType::bf16, Device::cuda);
   Tensor dw = Tensor::empty({experts, outputs, inputs}, DType::bf16, Device::cuda);
   multiply_weight_gradient(dy, x, dw, r.offsets);
+#if WEFT_CUDA
+  const bool warpgroups = grouped_matmul_warpgroup(
+      GroupedProduct::weight_gradient,
+      {.a = dy.data<bf16>(), .b = x.data<bf16>(), .c = dw.data<bf16>(), .offsets = r.offsets.data<int32_t>(),
+       .rows = rows, .inputs = inputs, .outputs = outputs, .experts = experts});
+  CHECK(warpgroups == (dw.squares() != nullptr));
+#endif
   if (!dw.squares()) {
     MESSAGE("no sums of squares: this GPU or this build has no warpgroups");
     return;

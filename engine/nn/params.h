@@ -20,6 +20,7 @@ struct Parameter {
   Shape shape;
   Kind kind;
   Tensor value;  // a leaf of f32 values, whole or split; no tensor when the parameters are only counted
+  bool of_experts() const { return shape.rank() == 3; }
 };
 
 // How a parameter starts.
@@ -95,6 +96,7 @@ class Scope {
     inner.prefix_ = path(name);
     return inner;
   }
+  // An f32 leaf; the experts' of a model that computes in bf16 is a bf16 one, split (engine/autograd.h).
   Tensor param(std::string_view name, const Shape& shape, Init init, Kind kind) const {
     Parameter p{path(name), shape, kind, {}};
     if (!counting()) {
@@ -104,7 +106,7 @@ class Scope {
         fill_normal(value, init.value, RngKey{seed_, stream_of(p.name)});
       else
         fill(value, init.value);
-      p.value = as_leaf(value);
+      p.value = as_leaf(p, value);
     }
     const Tensor value = p.value;
     params_->add(std::move(p));
@@ -120,9 +122,9 @@ class Scope {
 
  private:
   // Where products run in bf16, experts' weights, which nothing else reads, are split; of others ops read f32 too.
-  Tensor as_leaf(const Tensor& value) const {
+  Tensor as_leaf(const Parameter& p, const Tensor& value) const {
     if (params_->compute() == DType::f32) return leaf(value);
-    if (value.rank() == 3) return split_leaf(value);
+    if (p.of_experts()) return split_leaf(value);
     const Tensor whole = leaf(value);
     keep_copy(whole, params_->compute());
     return whole;

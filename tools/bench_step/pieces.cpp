@@ -133,10 +133,10 @@ std::map<std::string, PieceWork> piece_work(const Config& c, const StepSize& siz
   Works works(size, device);
 
   const Params params = counted_params(c);
-  double matrices = 0, copied = 0;  // elements that products read; that are not split (experts are)
+  double matrices = 0, copied = 0;  // elements that products read; that keep a copy (the experts' are split)
   for (const Parameter& p : params.list()) {
     if (p.kind != Kind::vector) matrices += number(p.shape.numel());
-    if (p.shape.rank() != 3) copied += number(p.shape.numel());
+    if (!p.of_experts()) copied += number(p.shape.numel());
     if (p.kind == Kind::matrix && p.shape.rank() == 2 && p.name.find(".attention.") != std::string::npos) {
       const double out = number(p.shape[0]), in = number(p.shape[1]);
       works.products("projections, forward", n, in, out, 1, 1);
