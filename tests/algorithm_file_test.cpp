@@ -2,14 +2,13 @@
 // And products on the GPU that go by it.
 #include <doctest/doctest.h>
 
-#include <unistd.h>
-
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 
 #include "engine/algorithm_file.h"
 #include "engine/ops.h"
+#include "tests/scratch.h"
 #if WEFT_CUDA
 #include "engine/cuda/blas.h"
 #endif
@@ -18,14 +17,6 @@ using namespace weft;
 namespace fs = std::filesystem;
 
 namespace {
-
-// A folder of this test's own, gone at the end.
-struct Scratch {
-  fs::path path = fs::temp_directory_path() / ("weft-algorithms-test-" + std::to_string(getpid()));
-  Scratch() { fs::create_directories(path); }
-  ~Scratch() { fs::remove_all(path); }
-  fs::path operator/(const std::string& name) const { return path / name; }
-};
 
 AlgorithmFile::Product product(int64_t m) { return {m, -1, INT64_MAX}; }
 AlgorithmFile::Algorithm algorithm(uint64_t word) { return {word, UINT64_MAX}; }
@@ -39,7 +30,7 @@ std::string content(const fs::path& path) {
 
 TEST_CASE("choices come back on the same machine and only there") {
   const Scratch scratch;
-  const fs::path path = scratch / "new" / "algorithms.txt";
+  const fs::path path = scratch / "new/algorithms.txt";
   {
     AlgorithmFile file(path, "GPU 1");
     CHECK(file.find(product(1)) == nullptr);

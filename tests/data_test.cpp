@@ -1,7 +1,6 @@
 // Token files and every way they can be bad, the corpus, the two protocols, the loader, the prefetcher and the
 // synthetic language.
 #include <doctest/doctest.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,22 +14,12 @@
 #include "data/loader.h"
 #include "data/token_file.h"
 #include "engine/check.h"
+#include "tests/scratch.h"
 
 using namespace weft;
 namespace fs = std::filesystem;
 
 namespace {
-
-struct Folder {
-  fs::path path;
-  Folder() {
-    std::string pattern = (fs::temp_directory_path() / "weft_data_XXXXXX").string();
-    REQUIRE(::mkdtemp(pattern.data()) != nullptr);
-    path = pattern;
-  }
-  ~Folder() { fs::remove_all(path); }
-  std::string operator/(const char* name) const { return (path / name).string(); }
-};
 
 std::string write_bytes(const std::string& path, std::string_view bytes) {
   std::ofstream(path, std::ios::binary).write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
@@ -158,7 +147,7 @@ Batch numbered_batch(int64_t i) { return {{static_cast<int32_t>(i)}, {static_cas
 }  // namespace
 
 TEST_CASE("token files come back as written, in both widths") {
-  const Folder folder;
+  const Scratch folder;
   for (const TokenWidth width : {TokenWidth::u16, TokenWidth::u32}) {
     std::vector<int32_t> tokens = counting(1000, 0);
     tokens.push_back(width == TokenWidth::u16 ? 65535 : 2147483647);
@@ -180,7 +169,7 @@ TEST_CASE("token files come back as written, in both widths") {
 }
 
 TEST_CASE("writing refuses ids that do not fit and leaves nothing half written") {
-  const Folder folder;
+  const Scratch folder;
   const std::string path = folder / "tokens.bin";
   const auto write = [&](std::vector<int32_t> tokens, TokenWidth width) { write_token_file(path, tokens, width); };
   check_mentions(error_of(Fault::data,
@@ -200,7 +189,7 @@ TEST_CASE("writing refuses ids that do not fit and leaves nothing half written")
 
 TEST_CASE("what is no token file is named for what it looks like") {
   using namespace std::string_literals;
-  const Folder folder;
+  const Scratch folder;
   const std::pair<std::string, const char*> cases[] = {
       {"\x1f\x8b\x08 rest of the archive"s, "gzip"},
       {"PK\x03\x04 rest of the archive"s, "zip"},
@@ -224,7 +213,7 @@ TEST_CASE("what is no token file is named for what it looks like") {
 }
 
 TEST_CASE("damaged token files are refused with what was expected and found") {
-  const Folder folder;
+  const Scratch folder;
   const std::string path = folder / "input.bin";
   const auto refusal = [&](const std::string& bytes) {
     write_bytes(path, bytes);
@@ -252,7 +241,7 @@ TEST_CASE("damaged token files are refused with what was expected and found") {
 }
 
 TEST_CASE("a file cut short while in use is an error, not a crash") {
-  const Folder folder;
+  const Scratch folder;
   write_token_file(folder / "tokens.bin", counting(50'000), TokenWidth::u16);
   const Corpus corpus = Corpus::open({folder / "tokens.bin"}, 65536);
   fs::resize_file(folder / "tokens.bin", 2000);
@@ -262,7 +251,7 @@ TEST_CASE("a file cut short while in use is an error, not a crash") {
 }
 
 TEST_CASE("ids beyond the vocabulary are found before training, in the part that is used") {
-  const Folder folder;
+  const Scratch folder;
   std::vector<int32_t> tokens = counting(70'000, 0);
   for (int32_t& id : tokens) id %= 100;
   tokens[69'998] = 100;
@@ -280,7 +269,7 @@ TEST_CASE("ids beyond the vocabulary are found before training, in the part that
 }
 
 TEST_CASE("several files are one corpus") {
-  const Folder folder;
+  const Scratch folder;
   write_token_file(folder / "a.bin", std::vector<int32_t>{7, 0, 1, 2}, TokenWidth::u16);
   write_token_file(folder / "b.bin", std::vector<int32_t>{3}, TokenWidth::u32);
   write_token_file(folder / "c.bin", std::vector<int32_t>{4, 5, 0, 6}, TokenWidth::u16);
@@ -326,7 +315,7 @@ TEST_CASE("a permutation hits every element once and differs by key") {
 }
 
 TEST_CASE("the seed protocol: every window with stride 1, nine tenths for training, none in both") {
-  const Folder folder;
+  const Scratch folder;
   write_token_file(folder / "a.bin", counting(1000), TokenWidth::u16);
   const Loader loader(Corpus::open({folder / "a.bin"}, 2000), Protocol::seed, 3, 16, 42);
   CHECK(loader.split().overlaps);
@@ -353,7 +342,7 @@ TEST_CASE("the seed protocol: every window with stride 1, nine tenths for traini
 }
 
 TEST_CASE("the strict protocol: whole documents held out, windows that do not overlap") {
-  const Folder folder;
+  const Scratch folder;
   std::vector<int64_t> lengths;
   for (int64_t d = 0; d < 300; ++d) lengths.push_back(20 + d * 37 % 90);
   const std::vector<int32_t> tokens = numbered_documents(lengths);
@@ -419,7 +408,7 @@ TEST_CASE("a batch is a pure function of seed and step, and targets are the toke
 }
 
 TEST_CASE("a corpus too short for its batch is refused before anything is made") {
-  const Folder folder;
+  const Scratch folder;
   write_token_file(folder / "a.bin", counting(64), TokenWidth::u16);
   const Corpus corpus = Corpus::open({folder / "a.bin"}, 1000);
   check_mentions(error_of(Fault::data, [&] { Loader(corpus, Protocol::seed, 4, 16, 0); }),

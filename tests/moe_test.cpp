@@ -198,7 +198,7 @@ void squares_hold(const std::vector<int64_t>& rows_of, int64_t inputs, int64_t o
   const Tensor x = typed(draw(rows * inputs, 1), {rows, inputs}, DType::bf16, Device::cuda);
   const Tensor dy = typed(draw(rows * outputs, 2), {rows, outputs}, DType::bf16, Device::cuda);
   Tensor dw = Tensor::empty({experts, outputs, inputs}, DType::bf16, Device::cuda);
-  multiply_weight_gradient(dy, x, dw, r.offsets);
+  multiply_grouped(GroupedProduct::weight_gradient, dy, x, dw, r.offsets);
 #if WEFT_CUDA
   const bool warpgroups = grouped_matmul_warpgroup(
       GroupedProduct::weight_gradient,
@@ -224,7 +224,7 @@ void squares_hold(const std::vector<int64_t>& rows_of, int64_t inputs, int64_t o
   int64_t wrong = 0;
   for (size_t i = 0; i < found.size(); ++i) wrong += !(std::abs(found[i] - expected[i]) <= 1e-5 * expected[i]);
   CHECK(wrong == 0);
-  multiply_weight_gradient(dy, x, dw, r.offsets);
+  multiply_grouped(GroupedProduct::weight_gradient, dy, x, dw, r.offsets);
   CHECK(values_of(*dw.squares()) == found);  // the same bits again
 }
 

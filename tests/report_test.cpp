@@ -3,7 +3,6 @@
 #include "tools/report/report.h"
 
 #include <doctest/doctest.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
@@ -13,6 +12,7 @@
 #include <sstream>
 
 #include "engine/check.h"
+#include "tests/scratch.h"
 #include "tools/report/comparison.h"
 #include "tools/report/statistics.h"
 #include "tools/report/tensorboard.h"
@@ -37,17 +37,11 @@ void write(const fs::path& path, const std::string& text) { std::ofstream(path, 
 json good_results() { return json::parse(read(kFixtures / "three_seeds/results.json")); }
 
 // A fresh run folder that goes when the case ends.
-struct Folder {
-  fs::path path;
+struct Folder : Scratch {
   explicit Folder(const std::string& results, const std::string& metrics = "") {
-    path = fs::temp_directory_path() / fmt::format("weft-report-test-{}-{}", ::getpid(), ++counter);
-    fs::create_directories(path);
     write(path / "results.json", results);
     if (!metrics.empty()) write(path / "metrics.jsonl", metrics);
   }
-  ~Folder() { fs::remove_all(path); }
-  Folder(const Folder&) = delete;
-  static inline int counter = 0;
 };
 
 std::string report_of(const json& results) {

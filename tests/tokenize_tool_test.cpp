@@ -1,12 +1,9 @@
 // tokenize, detokenize and train_tokenizer as their users meet them: the document rule, splits, limits, compressed
 // input, bad input, and what train_exp1 says to files that do not fit.
 #include <doctest/doctest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 #include <zlib.h>
 #include <zstd.h>
 
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -17,28 +14,16 @@
 #include "data/token_file.h"
 #include "data/tokenizer.h"
 #include "engine/check.h"
+#include "tests/scratch.h"
 
 namespace {
 namespace fs = std::filesystem;
 using namespace std::string_literals;
 using Json = nlohmann::json;
 
-struct Answer {
-  int code;
-  std::string text;
-};
-
 Answer run(const std::string& command) {
-  FILE* pipe = popen(
-      (command.starts_with("printf") || command.starts_with("cat") ? command : WEFT_BINARY_DIR "/" + command).c_str(),
-      "r");
-  REQUIRE(pipe != nullptr);
-  Answer answer{0, ""};
-  char buffer[4096];
-  while (const size_t n = fread(buffer, 1, sizeof buffer, pipe)) answer.text.append(buffer, n);
-  const int status = pclose(pipe);
-  answer.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  return answer;
+  return run_command(command.starts_with("printf") || command.starts_with("cat") ? command
+                                                                                 : WEFT_BINARY_DIR "/" + command);
 }
 
 const std::string kTokenizer = WEFT_SOURCE_DIR "/tests/reference/tokenizer_small.json";
@@ -46,13 +31,6 @@ const std::string kTokenizer = WEFT_SOURCE_DIR "/tests/reference/tokenizer_small
 Answer tokenize(const std::string& arguments) {
   return run("tokenize --tokenizer " + kTokenizer + " " + arguments + " 2>&1");
 }
-
-struct Scratch {
-  fs::path path = fs::temp_directory_path() / ("weft-tokenize-test-" + std::to_string(getpid()));
-  Scratch() { fs::create_directories(path); }
-  ~Scratch() { fs::remove_all(path); }
-  std::string operator/(const std::string& name) const { return (path / name).string(); }
-};
 
 void write(const std::string& path, const std::string& bytes) { std::ofstream(path, std::ios::binary) << bytes; }
 
@@ -89,13 +67,12 @@ std::vector<std::string> documents_of(const std::string& path) {
 Json manifest_of(const std::string& folder) { return Json::parse(read(folder + "/manifest.json")); }
 
 std::string gzipped(const std::string& text) {
-  const fs::path path = fs::temp_directory_path() / ("weft-gz-" + std::to_string(getpid()));
+  const Scratch scratch;
+  const std::string path = scratch / "text.gz";
   gzFile file = gzopen(path.c_str(), "wb");
   gzwrite(file, text.data(), static_cast<unsigned>(text.size()));
   gzclose(file);
-  std::string bytes = read(path.string());
-  fs::remove(path);
-  return bytes;
+  return read(path);
 }
 
 std::string zstded(const std::string& text) {

@@ -1,47 +1,26 @@
 // train_exp1 as its users meet it: what a run folder holds, and what bad input is answered with.
 #include <doctest/doctest.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <csignal>
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
-#include <sys/wait.h>
 #include <vector>
 
 #include "data/token_file.h"
+#include "tests/scratch.h"
 
 namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
-struct Answer {
-  int code;
-  std::string text;  // stdout and stderr
-};
-
+// The text is stdout and stderr.
 Answer run(const std::string& arguments) {
-  FILE* pipe = popen(("exec 2>&1; " WEFT_BINARY_DIR "/train_exp1 " + arguments).c_str(), "r");
-  REQUIRE(pipe != nullptr);
-  Answer answer{0, ""};
-  char buffer[4096];
-  while (const size_t n = fread(buffer, 1, sizeof buffer, pipe)) answer.text.append(buffer, n);
-  const int status = pclose(pipe);
-  answer.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-  return answer;
+  return run_command("exec 2>&1; " WEFT_BINARY_DIR "/train_exp1 " + arguments);
 }
-
-// A folder of this test's own, gone at the end.
-struct Scratch {
-  fs::path path = fs::temp_directory_path() / ("weft-train-test-" + std::to_string(getpid()));
-  Scratch() { fs::create_directories(path); }
-  ~Scratch() { fs::remove_all(path); }
-  std::string operator/(const std::string& name) const { return (path / name).string(); }
-};
 
 Json read_json(const fs::path& path) {
   std::ifstream in(path);

@@ -53,25 +53,26 @@ __device__ void settle(float (&d)[kCount][4]) {
     asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
 }
 
-// d[64, 8 kCount] += a[64, 16] b[16, 8 kCount]; kCount is 8, 16 or 24. d: element e of d[j] in warp w of the four is
-// row 16 w + g + 8 (e / 2), column 8 j + 2c + e % 2. kARowsAreSums, kBRowsAreSums: how the tile is stored.
+// The products. d: element e of d[j] in warp w of the four is row 16 w + g + 8 (e / 2), column 8 j + 2c + e % 2.
 #define WEFT_SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define WEFT_SUMS_4(j) WEFT_SUMS(j), WEFT_SUMS(j + 1), WEFT_SUMS(j + 2), WEFT_SUMS(j + 3)
 #define WEFT_SUMS_8(j) WEFT_SUMS_4(j), WEFT_SUMS_4(j + 4)
-#define WEFT_MULTIPLY(n, names, a_at, b_at, a_rows, b_rows, ...)                                              \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" names "}, %" a_at ", %" b_at       \
-               ", 1, 1, 1, %" a_rows ", %" b_rows ";"                                                         \
-               : __VA_ARGS__                                                                                  \
-               : "l"(a), "l"(b), "n"(kARowsAreSums ? 1 : 0), "n"(kBRowsAreSums ? 1 : 0))
+#define WEFT_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define WEFT_NAMES_32 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" ", " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+  WEFT_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WEFT_NAMES_64 WEFT_NAMES_32 ", " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" ", " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define WEFT_NAMES_96 WEFT_NAMES_64 ", " \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" ", " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define WEFT_WGMMA(n, names) "wgmma.mma_async.sync.aligned.m64n" n "k16.f32.bf16.bf16 {" names "}, "
+
+// d[64, 8 kCount] += a[64, 16] b[16, 8 kCount]; kCount is 8, 16 or 24. kARowsAreSums, kBRowsAreSums: how the tile is
+// stored.
+#define WEFT_MULTIPLY(n, names, a_at, b_at, a_rows, b_rows, ...)                                               \
+  asm volatile(WEFT_WGMMA(n, names) "%" a_at ", %" b_at ", 1, 1, 1, %" a_rows ", %" b_rows ";" : __VA_ARGS__    \
+               : "l"(a), "l"(b), "n"(kARowsAreSums ? 1 : 0), "n"(kBRowsAreSums ? 1 : 0))
 template <bool kARowsAreSums, bool kBRowsAreSums, int kCount>
 __device__ inline void multiply_warpgroup(float (&d)[kCount][4], uint64_t a, uint64_t b) {
   if constexpr (kCount == 24) {
@@ -83,12 +84,32 @@ __device__ inline void multiply_warpgroup(float (&d)[kCount][4], uint64_t a, uin
     WEFT_MULTIPLY("64", WEFT_NAMES_32, "32", "33", "34", "35", WEFT_SUMS_8(0));
   }
 }
+
+// d[64, 32] = a[64, 16] b[16, 32], or += where `add`; both tiles have rows along m or n.
+__device__ inline void multiply_rows(float (&d)[4][4], uint64_t a, uint64_t b, bool add) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0; " WEFT_WGMMA("32", WEFT_NAMES_16) "%16, %17, p, 1, 1, 0, 0;}"
+               : WEFT_SUMS_4(0) : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+// The same of 64 columns.
+__device__ inline void multiply_rows(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; " WEFT_WGMMA("64", WEFT_NAMES_32) "%32, %33, p, 1, 1, 0, 0;}"
+               : WEFT_SUMS_8(0) : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+// d[64, 64] += a[64, 16] b[16, 64]: a in registers, like the left operand of multiply_add for each warp's 16 rows; the
+// tile b has rows along the sums.
+__device__ inline void multiply_sums(float (&d)[8][4], const Quad& a, uint64_t b) {
+  asm volatile(WEFT_WGMMA("64", WEFT_NAMES_32) "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+               : WEFT_SUMS_8(0) : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "l"(b));
+}
 #undef WEFT_SUMS
 #undef WEFT_SUMS_4
 #undef WEFT_SUMS_8
-#undef WEFT_MULTIPLY
+#undef WEFT_NAMES_16
 #undef WEFT_NAMES_32
 #undef WEFT_NAMES_64
 #undef WEFT_NAMES_96
+#undef WEFT_WGMMA
+#undef WEFT_MULTIPLY
 
 }  // namespace weft

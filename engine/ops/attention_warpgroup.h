@@ -2,7 +2,7 @@
 #pragma once
 #include "engine/cuda/stream.h"
 #include "engine/cuda/vector.h"
-#include "engine/cuda/warpgroup_rows.h"
+#include "engine/cuda/warpgroup.h"
 #include "engine/ops/attention_kernels.h"
 
 namespace weft {

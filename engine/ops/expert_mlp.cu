@@ -202,7 +202,7 @@ Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const T
         down.shape().str(), weights.shape().str(), name_of(weights.dtype()));
   check(p >= 0 && p < 1, "expert_mlp's probability of dropout must be in [0, 1), found {}", p);
   const int64_t rows = s.tokens * s.chosen;
-  const Tensor h = Tensor::like(x, {rows, up.size(1)}), y = Tensor::like(x, {rows, x.size(1)});
+  Tensor h = Tensor::like(x, {rows, up.size(1)}), y = Tensor::like(x, {rows, x.size(1)});
   // Kept: 25 MB a layer at 16384 rows of 768 in bf16, where gathering them again takes 12 us on an H200, and 100 MB,
   // where making a again backward takes 19 us.
   const Tensor gathered = gather_rows(x.detached(), r), a = Tensor::like(h);
@@ -217,14 +217,15 @@ Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const T
        x_node = x.node()](const Tensor& dy) -> Gradients {
         Tensor dup = Tensor::like(up), ddown = Tensor::like(down);
         const Tensor dweights = Tensor::like(weights);
-        multiply_weight_gradient(dy, a, ddown, r.offsets);
-        const Tensor da = a.sole_owner() ? a : Tensor::like(a), dh = h.sole_owner() ? h : Tensor::like(h);
+        multiply_grouped(GroupedProduct::weight_gradient, dy, a, ddown, r.offsets);
+        Tensor da = a.sole_owner() ? a : Tensor::like(a);
+        const Tensor dh = h.sole_owner() ? h : Tensor::like(h);
         multiply_grouped(GroupedProduct::input_gradient, dy, down, da, r.offsets);
         with_activation(h, weights, r, p, key, [&]<class T>(auto device, const auto& activation, T) {
           backward(device, activation, da.data<T>(), h.data<T>(), dh.data<T>(), dweights.data<acc_t<T>>());
         });
-        multiply_weight_gradient(dh, gathered, dup, r.offsets);
-        const Tensor dgathered = gathered.sole_owner() ? gathered : Tensor::like(gathered);
+        multiply_grouped(GroupedProduct::weight_gradient, dh, gathered, dup, r.offsets);
+        Tensor dgathered = gathered.sole_owner() ? gathered : Tensor::like(gathered);
         multiply_grouped(GroupedProduct::input_gradient, dh, up, dgathered, r.offsets);
         Tensor dx;
         if (x_node && !x_node->grad && !x_node->owed.sum)  // the router's gradient adds it up along with its own

@@ -121,40 +121,27 @@ bool multiply(Cuda, Product product, const Grouped<T>& g) {
 }
 #endif
 
-bool multiply(GroupedProduct product, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& offsets,
-              const Tensor& squares) {
-  const int64_t inputs = product == Product::forward ? a.size(1) : product == Product::input_gradient ? c.size(1)
-                                                                                                      : b.size(1);
-  bool squared = false;
-  on_device(a.device(), [&](auto device) {
-    dispatch(device, a.dtype(), [&]<class T>() {
-      squared = multiply(
-          device, product,
-          Grouped<T>{.a = a.data<T>(), .b = b.data<T>(), .c = c.data<T>(), .offsets = offsets.data<int32_t>(),
-                     .rows = a.size(0), .inputs = inputs,
-                     .outputs = product == Product::forward ? c.size(1) : a.size(1), .experts = offsets.numel() - 1,
-                     .squares = squares.data<float>()});
-    });
-  });
-  return squared;
-}
-
 }  // namespace
 
-void multiply_grouped(GroupedProduct product, const Tensor& a, const Tensor& b, const Tensor& c,
-                      const Tensor& offsets) {
-  multiply(product, a, b, c, offsets, {});
-}
-
-void multiply_weight_gradient(const Tensor& dy, const Tensor& x, Tensor& dw, const Tensor& offsets) {
+void multiply_grouped(GroupedProduct product, const Tensor& a, const Tensor& b, Tensor& c, const Tensor& offsets) {
+  const Tensor& inputs = product == Product::forward ? a : product == Product::input_gradient ? c : b;
+  const Tensor& outputs = product == Product::forward ? c : a;
   Tensor squares;
-  if (dw.device() == Device::cuda && dw.dtype() == DType::bf16) {
+  if (product == Product::weight_gradient && c.device() == Device::cuda && c.dtype() == DType::bf16) {
     const MemoryScope memory(Category::gradient);
-    squares = Tensor::empty({dw.size(0), (dw.size(1) + kSquaredRows - 1) / kSquaredRows,
-                             (dw.size(2) + kSquaredColumns - 1) / kSquaredColumns},
-                            DType::f32, dw.device());
+    squares = Tensor::empty({c.size(0), (c.size(1) + kSquaredRows - 1) / kSquaredRows,
+                             (c.size(2) + kSquaredColumns - 1) / kSquaredColumns},
+                            DType::f32, c.device());
   }
-  if (multiply(Product::weight_gradient, dy, x, dw, offsets, squares)) dw.set_squares(squares);
+  on_device(a.device(), [&](auto device) {
+    dispatch(device, a.dtype(), [&]<class T>() {
+      if (multiply(device, product,
+                   Grouped<T>{.a = a.data<T>(), .b = b.data<T>(), .c = c.data<T>(), .offsets = offsets.data<int32_t>(),
+                              .rows = a.size(0), .inputs = inputs.size(1), .outputs = outputs.size(1),
+                              .experts = offsets.numel() - 1, .squares = squares.data<float>()}))
+        c.set_squares(squares);
+    });
+  });
 }
 
 Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r) {

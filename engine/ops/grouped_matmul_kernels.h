@@ -21,10 +21,9 @@ struct Grouped {
   float* squares = nullptr;  // [E, ceil(outputs / kSquaredRows), ceil(inputs / kSquaredColumns)] or null
 };
 
-// c = the product of a and b, which are as in Grouped; sizes are checked by the caller.
-void multiply_grouped(GroupedProduct product, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& offsets);
-// The weight gradient, which gets Tensor::squares where the warpgroup kernel writes it.
-void multiply_weight_gradient(const Tensor& dy, const Tensor& x, Tensor& dw, const Tensor& offsets);
+// c = the product of a and b, which are as in Grouped; sizes are checked by the caller. A weight gradient gets
+// Tensor::squares where the warpgroup kernel writes it.
+void multiply_grouped(GroupedProduct product, const Tensor& a, const Tensor& b, Tensor& c, const Tensor& offsets);
 
 // The kernels of sm_90a and of sm_80; false where the GPU, the sizes or the addresses do not suit them.
 bool grouped_matmul_warpgroup(GroupedProduct product, const Grouped<bf16>& g);
