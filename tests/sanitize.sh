@@ -5,29 +5,34 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 build=${1:-build/cuda}
-check() {  # tool, program, cases, more options of the tool
+running=()
+check() {  # tool and its options, test program and its arguments
   local start=$SECONDS log
-  if log=$(compute-sanitizer --tool "$1" --error-exitcode 9 "${@:4}" "$build/tests/$2" --test-suite=cuda \
-             --test-case="$3" 2>&1); then
-    echo "ok      ${*:1:3}: $(tail -n 1 <<<"$log"), $((SECONDS - start)) s"
+  # shellcheck disable=SC2086
+  if log=$(compute-sanitizer --error-exitcode 9 --tool $1 "$build/tests/$2" "${@:3}" 2>&1); then
+    echo "ok      $*: $(tail -n 1 <<<"$log"), $((SECONDS - start)) s"
   else
-    printf 'FAILED  %s\n' "${*:1:3}" "$(tail -n 60 <<<"$log")"
+    printf 'FAILED  %s\n' "$*" "$(tail -n 60 <<<"$log")"
     return 1
   fi
 }
+start() { check "$@" & running+=($!); }
+
+start memcheck attention_test --test-suite=cuda "--test-case=*three tiles*,*same bits*,*keeps the share*"
+start memcheck op_test cuda
 # Attention's kernels on the ordinary cores read shared memory so often that racecheck gets one case of theirs. The
 # warpgroups' are always among those it looks at: a kernel of clusters that it does not look at fails under it, any one.
-warpgroup=(--kernel-name kns=warpgroup)
-running=()
-check memcheck attention_test "*three tiles*,*same bits*,*keeps the share*" & running+=($!)
-check racecheck attention_test "*three tiles*" --kernel-name kns=mma "${warpgroup[@]}" & running+=($!)
-check racecheck attention_test "*same bits*" --kernel-name kns=simt "${warpgroup[@]}" & running+=($!)
-check memcheck op_test "*" & running+=($!)
-check racecheck op_test "*" --kernel-name-exclude kns=simt & running+=($!)
+warpgroup="--kernel-name kns=warpgroup"
+start "racecheck --kernel-name kns=mma $warpgroup" attention_test --test-suite=cuda "--test-case=*three tiles*"
+start "racecheck --kernel-name kns=simt $warpgroup" attention_test --test-suite=cuda "--test-case=*same bits*"
+# Ops whose kernels use shared memory and that the programs below do not run.
+for op in rms_norm add_rms_norm add_rms_norm_of_rows add_rms_norm_sum split_last split_last_normed router_logits \
+          router_logits_and_expert_mlp softmax cross_entropy linear_cross_entropy; do
+  start racecheck op_test cuda $op
+done
 for program in moe_test optim_test loss_test in_place_test; do
-  for tool in memcheck racecheck; do
-    check $tool $program "*" & running+=($!)
-  done
+  start memcheck $program --test-suite=cuda
+  start racecheck $program --test-suite=cuda
 done
 failed=0
 for job in "${running[@]}"; do wait "$job" || failed=1; done

@@ -300,7 +300,7 @@ __device__ void compute_every_second(int group, const Sizes& g, bf16* stages, Sh
     else compute_tile<kProduct, 1, kTileN / 8>(t, stages, out, shared, multiply, write);
     write_tile<kProduct>(t, g, out, c);
     write.pass();
-    if (threadIdx.x % 32 == 0) arrive(&shared.done[n % kTiles]);
+    arrive(&shared.done[n % kTiles]);  // each thread for itself, as each has read the tile
   }
 }
 
@@ -319,7 +319,7 @@ __device__ void compute_tiles(const CUtensorMap* a_map, const CUtensorMap* b_map
     }
     for (int i = 0; i < kTiles; ++i) {
       init_barrier(&shared.found[i], 1);
-      init_barrier(&shared.done[i], 4);
+      init_barrier(&shared.done[i], 128);
     }
     for (int i = 0; i < 2; ++i) {
       init_barrier(&shared.multiply[i], 4);
