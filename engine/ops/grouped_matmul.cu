@@ -135,11 +135,12 @@ void multiply_grouped(GroupedProduct product, const Tensor& a, const Tensor& b, 
   }
   on_device(a.device(), [&](auto device) {
     dispatch(device, a.dtype(), [&]<class T>() {
-      if (multiply(device, product,
-                   Grouped<T>{.a = a.data<T>(), .b = b.data<T>(), .c = c.data<T>(), .offsets = offsets.data<int32_t>(),
-                              .rows = a.size(0), .inputs = inputs.size(1), .outputs = outputs.size(1),
-                              .experts = offsets.numel() - 1, .squares = squares.data<float>()}))
-        c.set_squares(squares);
+      const bool squared = multiply(
+          device, product,
+          Grouped<T>{.a = a.data<T>(), .b = b.data<T>(), .c = c.data<T>(), .offsets = offsets.data<int32_t>(),
+                     .rows = a.size(0), .inputs = inputs.size(1), .outputs = outputs.size(1),
+                     .experts = offsets.numel() - 1, .squares = squares.data<float>()});
+      c.set_squares(squared ? squares : Tensor{});  // not those of what was there before
     });
   });
 }

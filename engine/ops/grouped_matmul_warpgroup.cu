@@ -25,14 +25,14 @@ constexpr int kStageElements = (kTileM + kTileN) * kDepth;
 // Finished sums of one warpgroup on their way out, whose rows begin in different banks.
 constexpr int kOutStride = kTileN + 8, kOutElements = kTileM * kOutStride;
 constexpr size_t kSharedBytes = (kStages * kStageElements + kOutElements) * sizeof(bf16) + 1024;
-constexpr int kTiles = 4;  // that the copying thread has found and the warpgroups have not finished, at most
+constexpr int kTiles = 4;  // places for tiles that are found and not finished
 
 struct Tile {
   int expert, first;  // row of the expert's segment
   int row, rows;      // of the tile within the expert's C; rows that are left from there
   int column, width;  // 192, or 64 in the last round; 0 after it
   int depth;          // terms of the sums
-  int step;           // of the block, with which they begin
+  int step;           // stages that the tiles of the block before it have taken
 };
 
 // The tiles of one block in their order. Where the last round has few tiles they are cut into 3 narrower ones.
@@ -89,8 +89,8 @@ class Walk {
 
 struct Shared {
   Tile tiles[kTiles];
+  uint64_t found[kTiles], done[kTiles];  // barriers, from here on
   uint64_t full[kStages], empty[kStages];
-  uint64_t found[kTiles], done[kTiles];
   // Of each warpgroup: the other has seen all stages of its tile; it has written it.
   uint64_t multiply[2], write[2];
 };
@@ -309,7 +309,8 @@ __device__ void compute_tiles(const CUtensorMap* a_map, const CUtensorMap* b_map
   extern __shared__ __align__(1024) uint4 shared_stages[];
   __shared__ Shared shared;
   // By an offset, so that the compiler still knows that it is shared memory.
-  bf16* const stages = reinterpret_cast<bf16*>(shared_stages + (1024 - shared_address(shared_stages) % 1024) % 1024 / 16);
+  const uint32_t past = shared_address(shared_stages) % 1024;
+  bf16* const stages = reinterpret_cast<bf16*>(shared_stages + (1024 - past) % 1024 / sizeof(uint4));
   if (threadIdx.x == 0) {
     prefetch_map(a_map);
     prefetch_map(b_map);
