@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """One training step of bench_step's configurations, as fast as a PyTorch user would write it: the peer of
-tools/compare_pytorch.sh. torch.compile, scaled_dot_product_attention, grouped expert products, fused AdamW, bf16 autocast
+tools/compare_pytorch.py. torch.compile, scaled_dot_product_attention, grouped expert products, fused AdamW, bf16 autocast
 over float32 weights on a GPU and float32 on a CPU; dropout on, gradients clipped, AdamW on every weight in every step.
 Prints JSON of bench_step's form. Nothing in a step waits for the device."""
 import argparse
