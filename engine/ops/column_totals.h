@@ -1,5 +1,5 @@
 // The last step of a sum over rows on a GPU: earlier blocks left the sums of a range of rows each. Used by ops that sum
-// columns: biases' gradients, the weights' of norms.
+// columns: biases' gradients, the weights' of norms and routers.
 #pragma once
 #include "engine/cuda/vector.h"
 #include "engine/tensor.h"

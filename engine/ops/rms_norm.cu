@@ -9,6 +9,9 @@
 #include "engine/cpu/parallel.h"
 #include "engine/ops/masked.h"
 #include "engine/ops/routing.h"
+#if WEFT_CUDA
+#include "engine/ops/column_totals.h"
+#endif
 
 namespace weft {
 namespace {
@@ -321,27 +324,6 @@ __global__ void __launch_bounds__(kThreads<kWarps>, kBackwardBlocks<T, kExact>)
     }
   }
 }
-// One block sums 32 columns of the partial sums.
-constexpr int kTotalWarps = 32;
-template <class W>
-__global__ void __launch_bounds__(kTotalWarps * 32)
-    norm_total_w(const float* partial, W* dw, int64_t strips, int64_t d) {
-  __shared__ float sums[kTotalWarps][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t column = blockIdx.x * int64_t{32} + lane;
-  float sum = 0;
-  if (column < d) {
-#pragma unroll 8
-    for (int64_t s = warp; s < strips; s += kTotalWarps) sum += partial[s * d + column];
-  }
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp == 0 && column < d) {
-    float total = 0;
-    for (int k = 0; k < kTotalWarps; ++k) total += sums[k][lane];
-    dw[column] = W(total);
-  }
-}
 
 // Calls f.template operator()<kPacks, kWarps, kExact>() with the smallest team that holds a row.
 template <class F>
@@ -379,9 +361,7 @@ void backward(Cuda, const Before& before, const T* s, const W* w, const float* r
     launch_blocks(norm_backward<T, W, kPacks, kWarps, kExact>, static_cast<unsigned>(blocks), kThreads<kWarps>, 0,
                   before, static_cast<float>(before.mask.scale()), s, w, r, dsum, dy, dresidual, dx,
                   partial.data<float>(), size);
-    if (dw)
-      launch_blocks(norm_total_w<W>, static_cast<unsigned>((size.d + 31) / 32), kTotalWarps * 32, 0,
-                    static_cast<const float*>(partial.data<float>()), dw, blocks, size.d);
+    if (dw) total_columns(partial, dw);
   });
 }
 #endif

@@ -12,6 +12,7 @@
 #if WEFT_CUDA
 #include "engine/cuda/tensor_core.h"
 #include "engine/cuda/vector.h"
+#include "engine/ops/column_totals.h"
 #endif
 
 namespace weft {
@@ -282,24 +283,6 @@ __global__ void __launch_bounds__(kWarps * 32, kWhole ? 2 : 1)
     }
   }
 }
-// One block sums 32 elements of dW over the strips.
-__global__ void router_total_w(const float* partial, float* dw, int64_t strips, int64_t n) {
-  constexpr int kParts = 8;
-  __shared__ float sums[kParts][32];
-  const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
-  const int64_t i = blockIdx.x * int64_t{32} + lane;
-  float sum = 0;
-  if (i < n) {
-#pragma unroll 8
-    for (int64_t p = part; p < strips; p += kParts) sum += partial[p * n + i];
-  }
-  sums[part][lane] = sum;
-  __syncthreads();
-  if (part != 0 || i >= n) return;
-  float total = 0;
-  for (int p = 0; p < kParts; ++p) total += sums[p][lane];
-  dw[i] = total;
-}
 
 unsigned blocks_of(int64_t elements, int64_t each) { return static_cast<unsigned>((elements + each - 1) / each); }
 
@@ -335,8 +318,7 @@ void backward_w(Cuda, const float* dlogits, const T* x, float* dw, Sizes s) {
   launch_blocks(whole ? router_partial_w<T, kWholeEach, true> : router_partial_w<T, kEach, false>,
                 dim3(strips, blocks_of(s.width, 32 * kPack<T>), blocks_of(s.experts, kExperts)), kWarps * 32, 0,
                 dlogits, x, partial.data<float>(), s, strip);
-  launch_blocks(router_total_w, blocks_of(n, 32), 256, 0, static_cast<const float*>(partial.data<float>()), dw,
-                int64_t{strips}, n);
+  total_columns(partial, dw);
 }
 #endif
 
