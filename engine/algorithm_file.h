@@ -20,7 +20,6 @@ class AlgorithmFile {
   // Adds a choice and replaces the file whole (written beside it, then renamed). Where that fails, a note on stderr
   // says so once, and the choices live as long as the process.
   void keep(const Product& product, const Algorithm& algorithm);
-  const std::string& path() const { return path_; }
 
  private:
   std::string path_, machine_;

@@ -44,7 +44,7 @@ enum class Transpose : uint8_t { none, a, b };
 // weight), Transpose::a takes a as [K, M] (rank 2). bias [N] is optional.
 Tensor matmul(const Tensor& a, const Tensor& b, Transpose transpose = Transpose::none, const Tensor& bias = {});
 // x times each weight [N_i, K] transposed, plus its bias [N_i] where there is one, side by side: [.., sum N_i], as one
-// product. Weights (and biases) that do not lie one after another in memory are copied so first (Params::join).
+// product. Weights (and biases) that do not lie one after another in memory are copied so first (Scope::join).
 Tensor matmul_joined(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases);
 
 // ---- layers
@@ -108,8 +108,8 @@ NormedSum add_rms_norm(const Tensor& residual, const Tensor& rows, const Routing
 Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r);
 // weights[n,k] * down[e] dropout(silu(up[e] x[n]), p, key) in row slots[n,k], e the expert of choice (n, k); sum_rows
 // or add_rms_norm make one row a token of it. x [N, D], up [E, F, D], down [E, D, F], weights [N, K] in f32 (f64 for
-// f64) -> [N*K, D]. Element row*F + f of the mask is that of up's output sorted by expert. Of the activations it saves x
-// and up's output, which the gradient overwrites.
+// f64) -> [N*K, D]. Element row*F + f of the mask is that of up's output sorted by expert. It saves x's rows by
+// expert, up's output and what down multiplies; the gradient overwrites them.
 Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& weights, const Routing& r,
                   double p, RngKey key);
 

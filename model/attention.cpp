@@ -60,13 +60,16 @@ const std::vector<AttentionRow>& attention_table() {
   return rows;
 }
 
-const AttentionRow& attention_row(const std::string& name) {
+std::string attention_list() {
   std::string names;
-  for (const AttentionRow& row : attention_table()) {
+  for (const AttentionRow& row : attention_table()) names += (names.empty() ? "" : ", ") + row.name;
+  return names;
+}
+
+const AttentionRow& attention_row(const std::string& name) {
+  for (const AttentionRow& row : attention_table())
     if (row.name == name) return row;
-    names += (names.empty() ? "" : ", ") + row.name;
-  }
-  fail(Fault::config, "unknown configuration '{}'; there are {}", name, names);
+  fail(Fault::config, "unknown configuration '{}'; there are {}", name, attention_list());
 }
 
 Config with_attention(Config base, const std::string& name, const Overrides& overrides) {

@@ -26,6 +26,7 @@ struct AttentionRow {
 };
 
 const std::vector<AttentionRow>& attention_table();
+std::string attention_list();  // their names, comma-separated
 // Throws Fault::config naming the rows there are.
 const AttentionRow& attention_row(const std::string& name);
 

@@ -45,7 +45,7 @@ bool known_scaling(const std::string& s) { return s == "none" || s == "linear" |
 
 const std::vector<ConfigField>& config_fields() {
   static const std::vector<ConfigField> fields = {
-      {"attention", &Config::attention, 0, 0, "the attention configuration: baseline, lora or enhanced"},
+      {"attention", &Config::attention, 0, 0, "the attention configuration: a row of attention_table()"},
       {"vocab_size", &Config::vocab_size, 2, 1 << 20, "ids of the tokenizer"},
       {"hidden_size", &Config::hidden_size, 1, 65536, "width of the residual stream"},
       {"layers", &Config::layers, 1, 1000, "transformer blocks"},

@@ -1,5 +1,5 @@
-// The main of every test program: doctest's, but cases that need a GPU exit with 77 (skipped) where there is none, and
-// a word on the command line runs the test case of that name.
+// The main of every test program: doctest's, but cases that need a GPU exit with 77 (skipped) where there is none
+// and are passed over where not named, and a word on the command line runs the test case of that name.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
@@ -27,6 +27,7 @@ int main(int argc, char** argv) {
     std::puts("SKIPPED: no usable GPU");
     return 77;
   }
+  if (!weft::cuda_available()) context.addFilter("test-suite-exclude", "cuda");
   context.applyCommandLine(argc, argv);
   if (!arguments.empty()) {
     context.setOption("test-case", arguments[0].c_str());

@@ -17,7 +17,11 @@ using namespace weft;
 
 namespace {
 
-const char* const kConfigurations[] = {"baseline", "lora", "enhanced"};
+const std::vector<std::string> kConfigurations = [] {
+  std::vector<std::string> names;
+  for (const AttentionRow& row : attention_table()) names.push_back(row.name);
+  return names;
+}();
 
 Config small(const std::string& name) {
   return with_attention(Config{}, name,
@@ -136,7 +140,7 @@ TEST_CASE("overrides have the last word, and pass over what a configuration lack
 TEST_CASE("a setting refuses what is no sound value") {
   CHECK(refusal("hidden_sise", "1").find("did you mean 'hidden_size'") != std::string::npos);
   CHECK(refusal("zzzzzzzz", "1") == "unknown setting 'zzzzzzzz'");
-  CHECK(refusal("attention", "lor").find("baseline, lora, enhanced") != std::string::npos);
+  CHECK(refusal("attention", "lor").find(attention_list()) != std::string::npos);
   CHECK(refusal("rope_scaling", "cubic").find("yarn") != std::string::npos);
   for (const char* text : {"", " 1", "1 ", "abc", "1e3", "12abc", "0x10", "nan", "1.5"})
     CHECK_MESSAGE(refusal("layers", text).find("whole number") != std::string::npos, text);
@@ -176,7 +180,7 @@ TEST_CASE("all violations are listed at once") {
   for (const char* name :
        {"top_k", "hidden_size", "qk_rope_head_dim", "kv_lora_rank", "dropout", "rope_original_length"})
     CHECK_MESSAGE(all.find(name) != std::string::npos, name);
-  for (const char* name : kConfigurations) CHECK(violations(with_attention({}, name)).empty());
+  for (const std::string& name : kConfigurations) CHECK(violations(with_attention({}, name)).empty());
   Config none;
   none.heads = 0;
   CHECK(violations(none).size() == 2);
@@ -198,7 +202,7 @@ TEST_CASE("configurations share the initial weights of what they share") {
 }
 
 TEST_CASE("no logit sees a later token") {
-  for (const char* name : kConfigurations) {
+  for (const std::string& name : kConfigurations) {
     const Config c = small(name);
     Params params;
     const Transformer model(c, Scope(params, Device::cpu, 3));
@@ -234,7 +238,7 @@ TEST_CASE("training draws from the step's random sequence, evaluation from none"
 }
 
 TEST_CASE("each configuration overfits one batch") {
-  for (const char* name : kConfigurations)
+  for (const std::string& name : kConfigurations)
     for (const DType compute : {DType::f32, DType::bf16}) CHECK_MESSAGE(overfit(name, Device::cpu, compute) < 0.05, name);
 }
 
@@ -330,13 +334,13 @@ TEST_SUITE("cuda") {
   TEST_CASE("joined layers are the layers, on the GPU") { check_joined_layers(Device::cuda); }
 
   TEST_CASE("each configuration overfits one batch on the GPU") {
-    for (const char* name : kConfigurations)
+    for (const std::string& name : kConfigurations)
       for (const DType compute : {DType::f32, DType::bf16})
         CHECK_MESSAGE(overfit(name, Device::cuda, compute) < 0.05, name);
   }
 
   TEST_CASE("the GPU's loss and gradients are the CPU's, at sizes that fit no tile") {
-    for (const char* name : kConfigurations) {
+    for (const std::string& name : kConfigurations) {
       CAPTURE(name);
       const Config c = with_attention(
           Config{}, name,
@@ -358,7 +362,7 @@ TEST_SUITE("cuda") {
   }
 
   TEST_CASE("bf16 computes what f32 does, nearly") {
-    for (const char* name : kConfigurations) {
+    for (const std::string& name : kConfigurations) {
       const Config c = small(name);
       Params params;
       const Transformer model(c, Scope(params, Device::cuda, 3));

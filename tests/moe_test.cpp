@@ -241,6 +241,11 @@ TEST_CASE("routing: misuse is refused") {
   CHECK_THROWS_AS(gather_rows(Tensor::zeros({5, 2}, DType::f32, Device::cpu), r), Error);
   CHECK_THROWS_AS(grouped_matmul(Tensor::zeros({8, 2}, DType::f32, Device::cpu),
                                  Tensor::zeros({2, 2, 2}, DType::f32, Device::cpu), r), Error);
+  const Tensor rows = Tensor::zeros({8, 2}, DType::f32, Device::cpu), weight = Tensor::zeros({2}, DType::f32, Device::cpu);
+  CHECK_THROWS_WITH(add_rms_norm(Tensor::zeros({4, 3}, DType::f32, Device::cpu), rows, r, weight, 1e-6),
+                    doctest::Contains("of one width"));
+  CHECK_THROWS_WITH(grouped_matmul(rows, Tensor::zeros({3, 0, 2}, DType::f32, Device::cpu), r),
+                    doctest::Contains("at least 1"));
   CHECK_THROWS_AS(route(Tensor::zeros({0, 3}, DType::f32, Device::cpu), {.chosen = 2, .balance = 1}), Error);
 }
 

@@ -150,12 +150,20 @@ double allowed(const OpCase& c, DType dtype) {
 }
 bool has(const OpCase& c, DType dtype) { return std::find(c.dtypes.begin(), c.dtypes.end(), dtype) != c.dtypes.end(); }
 
-// Calls f for each case (the named one, if one was named) and each of its sizes; an exception fails that case alone.
+// The case that the command line names after the check, or all.
+std::vector<OpCase> chosen_cases() {
+  const auto& words = test_arguments();
+  std::vector<OpCase> chosen;
+  for (const OpCase& c : op_cases())
+    if (words.size() < 2 || c.name == words[1]) chosen.push_back(c);
+  REQUIRE_MESSAGE(!chosen.empty(), "there is no op case '", words.back(), "'; tests/op_cases/ has them");
+  return chosen;
+}
+
+// Calls f for each chosen case and each of its sizes; an exception fails that case alone.
 template <class F>
 void each_case(const F& f) {
-  const auto& words = test_arguments();
-  for (const OpCase& c : op_cases()) {
-    if (words.size() > 1 && c.name != words[1]) continue;
+  for (const OpCase& c : chosen_cases()) {
     for (const Inputs& inputs : c.sizes) {
       std::string name = c.name;
       for (const Input& i : inputs) name += fmt::format(" {}", i.shape.str());
@@ -297,9 +305,8 @@ void bench(const OpCase& c, DType dtype, Device device) {
 
 TEST_CASE("bench" * doctest::skip()) {
   const Device device = cuda_available() ? Device::cuda : Device::cpu;
-  const auto& words = test_arguments();
-  for (const OpCase& c : op_cases()) {
-    if (c.large.empty() || (words.size() > 1 && c.name != words[1])) continue;
+  for (const OpCase& c : chosen_cases()) {
+    if (c.large.empty()) continue;
     for (const DType dtype : {DType::f32, DType::bf16})
       if (has(c, dtype)) bench(c, dtype, device);
   }

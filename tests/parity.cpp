@@ -238,7 +238,7 @@ int run(int argc, char** argv) {
   CLI::App app("Compares the model with reference values of the original PyTorch code");
   app.add_option("--fixture", fixture, "reference values (.safetensors)")->required();
   app.add_option("--sizes", sizes, "their sizes (.json)")->required();
-  app.add_option("--config", name, "baseline, lora or enhanced")->required();
+  app.add_option("--config", name, "an attention configuration: " + attention_list())->required();
   app.add_option("--device", device)->check(CLI::IsMember({"cpu", "cuda"}));
   app.add_option("--precision", precision)->check(CLI::IsMember({"fp32", "bf16"}));
   CLI11_PARSE(app, argc, argv);

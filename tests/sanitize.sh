@@ -12,7 +12,7 @@ check() {  # tool and its options, test program and its arguments
   if log=$(compute-sanitizer --error-exitcode 9 --tool $1 "$build/tests/$2" "${@:3}" 2>&1); then
     echo "ok      $*: $(tail -n 1 <<<"$log"), $((SECONDS - start)) s"
   else
-    printf 'FAILED  %s\n' "$*" "$(tail -n 60 <<<"$log")"
+    printf 'FAILED  %s\n%s\n' "$*" "$(tail -n 60 <<<"$log")"
     return 1
   fi
 }
@@ -27,7 +27,7 @@ start "racecheck --kernel-name kns=mma $warpgroup" attention_test --test-suite=c
 start "racecheck --kernel-name kns=simt $warpgroup" attention_test --test-suite=cuda "--test-case=*same bits*"
 # Ops whose kernels use shared memory and that the programs below do not run.
 for op in rms_norm add_rms_norm add_rms_norm_of_rows add_rms_norm_sum split_last split_last_normed router_logits \
-          router_logits_and_expert_mlp softmax cross_entropy linear_cross_entropy; do
+          router_logits_and_expert_mlp matmul_linear matmul_joined_with_bias softmax cross_entropy linear_cross_entropy; do
   start racecheck op_test cuda $op
 done
 for program in moe_test optim_test loss_test in_place_test; do

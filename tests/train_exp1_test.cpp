@@ -108,7 +108,13 @@ TEST_CASE("bad input is answered with what is wrong and the documented exit code
       {"--preset huge", 2, "exp1, quick, tiny"},
       {"--device gpu", 2, "auto, cpu or cuda"},
       {"--set steps", 2, "key=value"},
-      {"--configs baseline,loraa", 3, "baseline, lora, enhanced"},
+      {"--configs baseline,loraa", 3, "there are baseline, "},
+      {"--configs ''", 3, "unknown configuration ''"},
+      {"--data ''", 3, "data must be names"},
+      {"--steps ''", 3, "steps"},
+      {"--preset ''", 2, "--preset: expected a name"},
+      {"--set preset=tiny", 3, "--preset chooses it"},
+      {"--set zzzzzz=1", 3, "--print-config shows"},
       {"--configs baseline,baseline", 3, "differ"},
       {"--set stepz=3", 3, "did you mean 'steps'"},
       {"--set hiden_size=3", 3, "did you mean 'hidden_size'"},
@@ -137,7 +143,7 @@ TEST_CASE("bad input is answered with what is wrong and the documented exit code
       {"--data " + (scratch / "short.bin"), 4, "short.bin"},
       {"--data " + (scratch / "beyond.bin"), 4, "128"},
       {"--memory-limit 0.000001", 6, "out of memory"},
-      {"--set adamw_lr=100 --set muon_lr=100 --set clip_norm=1e12 --steps 400 --set eval_every=400", 7, "no update was applied"},
+      {"--set adamw_lr=100 --set muon_lr=100 --set clip_norm=1e9 --steps 400 --set eval_every=400", 7, "no update was applied"},
   };
   for (const Case& c : cases) {
     fs::remove_all(out);
@@ -198,6 +204,14 @@ TEST_CASE("a continued experiment is the one that was never interrupted") {
   CHECK(other.code == 3);
   CHECK_MESSAGE(other.text.find("recipe.steps is 8 in") != std::string::npos, other.text);
   CHECK(read_json(out + "/results.json") == before);
+  const Json env = read_json(out + "/env.json");
+  Json first = env;
+  first["gemm_algorithms"] = "first";  // as --deterministic leaves it on a GPU
+  std::ofstream(out + "/env.json") << first;
+  const Answer timed = run(settings + "--resume --out " + out);
+  CHECK(timed.code == 3);
+  CHECK_MESSAGE(timed.text.find("gemm_algorithms is \"first\" in") != std::string::npos, timed.text);
+  std::ofstream(out + "/env.json") << env;
   CHECK(run(settings + "--out " + out).code == 2);
   CHECK(run(settings + "--resume").code == 2);
   CHECK(run(settings + "--resume --out " + (scratch / "nowhere")).code == 2);

@@ -2,7 +2,6 @@
 // by phase, by piece and by kernel, each set against what the device was measured to be capable of in the same run.
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <cmath>
 
 #include "engine/allocator.h"
 #include "model/transformer.h"
@@ -206,7 +205,7 @@ int run(int argc, char** argv) {
   app.add_option("--device", device, "auto, cpu or cuda")->check(CLI::IsMember({"auto", "cpu", "cuda"}))->capture_default_str();
   app.add_option("--steps", steps, "timed steps")->check(CLI::Range(1, 10000))->capture_default_str();
   app.add_option("--kernels", kernels, "rows of the table of kernels")->check(CLI::Range(0, 10000))->capture_default_str();
-  app.add_option("--set", settings, "key=value as in train_exp1; may be repeated");
+  app.add_option("--set", settings, "key=value as in train_exp1 (configs chooses the configurations); may be repeated");
   AlgorithmOptions algorithms;
   algorithms.add_to(app);
   app.add_flag("--json", json, "print JSON instead of tables");
@@ -217,12 +216,15 @@ int run(int argc, char** argv) {
   }
   if (device == "cuda") require_cuda();
   Recipe r = make_recipe(preset, device == "cuda" || (device == "auto" && cuda_available()) ? Device::cuda : Device::cpu);
+  r.muon = false, r.accumulate = 1;
   for (const std::string& s : settings) {
     const size_t equals = s.find('=');
     if (equals == std::string::npos) fail(Fault::usage, "--set {}: expected key=value", s);
-    set_field(r, s.substr(0, equals), s.substr(equals + 1));
+    const std::string key = s.substr(0, equals);
+    for (const char* fixed : {"optimizer", "accumulate", "steps", "memory_limit_gb"})
+      if (key == fixed) fail(Fault::usage, "--set {}: a timed step is one micro-batch and AdamW, as often as --steps says", s);
+    set_field(r, key, s.substr(equals + 1));
   }
-  r.muon = false, r.accumulate = 1;
   validate(r);
   algorithms.apply(r.device);
 

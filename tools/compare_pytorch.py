@@ -5,7 +5,7 @@ tools/peer/torch_step.py in turns. Prints each one's step time and peak memory a
   tools/compare_pytorch.py                              # the GPU, exp1
   tools/compare_pytorch.py --device cpu --preset quick  # the CPU, on the same cores
 
-Where PyTorch is not installed it says so and exits with 0. On a CPU each program's best round counts, as other work on
+Where PyTorch is not installed it says so and exits with 0. Of several rounds each program's best counts, as other work on
 the machine can only slow a round down."""
 import argparse
 import json
@@ -57,7 +57,14 @@ def main():
     modes = a.compile or ("default" if a.device == "cuda" else "none,default")
     theirs = [a.python, os.path.join(ROOT, "tools", "peer", "torch_step.py"), "--preset", a.preset, "--device", a.device,
               "--steps", str(a.steps), "--configs", a.configs, "--compile", modes, "--seconds", str(a.seconds)]
-    if subprocess.run([a.python, "-c", "import torch"], stderr=subprocess.DEVNULL).returncode:
+    look = "import importlib.util as u, sys; sys.exit(3 if u.find_spec('torch') is None else 0)"
+    try:
+        found = subprocess.run([a.python, "-c", look]).returncode
+    except OSError as e:
+        sys.exit(f"--python {a.python}: {e.strerror}")
+    if a.json and not os.access(os.path.dirname(a.json) or ".", os.W_OK):
+        sys.exit(f"--json {a.json}: its folder cannot be written")
+    if found == 3:
         print(f"torch not found by {a.python}: skipped")
         return
     rounds = [(output_of(ours), output_of(theirs)) for _ in range(a.rounds or (1 if a.device == "cuda" else 3))]
@@ -77,8 +84,9 @@ def main():
                       f"{w['peak_memory_gb'] / t['peak_memory_gb']:>6.2f}")
         print(f"{name:<10} {w['step_ms']:>9.2f} {t['step_ms']:>11.2f} {w['step_ms'] / t['step_ms']:>6.2f} {memory}   {t['compile']}")
     if a.json:
-        with open(a.json, "w") as out:
+        with open(a.json + ".part", "w") as out:
             json.dump([{"weft": w, "pytorch": t} for w, t in rounds], out, indent=1)
+        os.replace(a.json + ".part", a.json)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ void write_file(const std::string& path, const std::string& text) {
   out << text;
   out.close();
   std::error_code error;
+  if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error))
+    out.setstate(std::ios::failbit);  // a device or folder is not to be replaced
   if (out) std::filesystem::rename(unfinished, path, error);
   if (!out || error) {
     std::filesystem::remove(unfinished, error);

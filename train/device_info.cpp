@@ -2,7 +2,6 @@
 
 #include <fstream>
 #include <string_view>
-#include <utility>
 
 #include "engine/cpu/parallel.h"
 #include "train/algorithms.h"
@@ -43,17 +42,19 @@ std::string device_name(Device device) {
 
 std::optional<double> peak_flops(Device device, DType precision) {
   if (device == Device::cpu) return std::nullopt;
-  // {part of the GPU's name, bf16 with f32 sums, f32}; TFLOP/s, dense, of the SXM or the only form.
+  // {how the GPU's name ends, bf16 with f32 sums, f32}; TFLOP/s, dense.
   struct Row {
     std::string_view name;
     double bf16, f32;
   };
-  static constexpr Row kRows[] = {{"H200", 989, 67},     {"H100 80GB HBM3", 989, 67}, {"H100 PCIe", 756, 51},
-                                  {"A100", 312, 19.5},   {"L40S", 362, 91.6},         {"RTX 4090", 165.2, 82.6},
-                                  {"RTX 3090", 71, 35.6}};
+  static constexpr Row kRows[] = {
+      {"H200", 989, 67},             {"H100 80GB HBM3", 989, 67},  {"H100 PCIe", 756, 51},
+      {"A100-SXM4-40GB", 312, 19.5}, {"A100-SXM4-80GB", 312, 19.5}, {"A100-PCIE-40GB", 312, 19.5},
+      {"A100 80GB PCIe", 312, 19.5}, {"L40S", 362, 91.6},          {"RTX 4090", 165.2, 82.6},
+      {"RTX 3090", 71, 35.6}};
   const std::string name = device_name(device);
   for (const Row& row : kRows)
-    if (name.find(row.name) != std::string::npos) return 1e12 * (precision == DType::bf16 ? row.bf16 : row.f32);
+    if (name.ends_with(row.name)) return 1e12 * (precision == DType::bf16 ? row.bf16 : row.f32);
   return std::nullopt;
 }
 

@@ -4,6 +4,7 @@
 
 #include "engine/allocator.h"
 #include "model/transformer.h"
+#include "train/algorithms.h"
 #include "train/device_info.h"
 #include "train/stop.h"
 #include "train/trainer.h"
@@ -96,6 +97,8 @@ void Experiment::run(const std::string& out) {
 void Experiment::resume(const std::string& out) {
   RunFolder folder = RunFolder::existing(out);
   must_equal(folder.read("resolved_config.json"), resolved_config(recipe_), "", out);
+  const char* const algorithms = "gemm_algorithms";  // with and without --deterministic the same text trains differently
+  must_equal(folder.read("env.json").value(algorithms, Json()), algorithm_settings()[algorithms], algorithms, out);
   const Json results = folder.read("results.json");
   if (results.value("schema", Json()) != kSchema || !results.contains("setup") || !results.value("runs", Json()).is_array())
     fail(Fault::data, "{}/results.json: expected {} with setup and runs, found something else", out, kSchema);

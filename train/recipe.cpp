@@ -57,7 +57,11 @@ const std::vector<RecipeField>& fields() {
          for (const std::string& seed : split_list(t))
            r.seeds.push_back(static_cast<uint64_t>(parse_integer("seeds", seed, 0, std::numeric_limits<int32_t>::max())));
        }, [](const Recipe& r) -> Json { return r.seeds; }},
-      {"data", [](Recipe& r, const std::string& t) { r.data = split_list(t); },
+      {"data", [](Recipe& r, const std::string& t) {
+         r.data = split_list(t);
+         for (const std::string& name : r.data)
+           if (name.empty()) fail(Fault::config, "data must be names of files or folders, comma-separated, found '{}'", t);
+       },
        [](const Recipe& r) -> Json { return r.data; }},
       choice("protocol", &Recipe::protocol, "seed", Protocol::seed, "strict", Protocol::strict),
       choice("precision", &Recipe::precision, "fp32", DType::f32, "bf16", DType::bf16),
@@ -73,7 +77,7 @@ const std::vector<RecipeField>& fields() {
       number("momentum", &Recipe::momentum, 0.9999),
       number("adamw_lr", &Recipe::adamw_lr, 100),
       number("weight_decay", &Recipe::weight_decay, 100),
-      number("clip_norm", &Recipe::clip_norm, 1e12),
+      number("clip_norm", &Recipe::clip_norm, 1e9),  // what orthogonalized() takes
       number("memory_limit_gb", &Recipe::memory_limit_gb, 1e6),
       {"graphs", [](Recipe& r, const std::string& t) { r.graphs = parse_bool("graphs", t); },
        [](const Recipe& r) -> Json { return r.graphs; }},
@@ -142,7 +146,10 @@ void set_field(Recipe& recipe, const std::string& key, const std::string& text) 
   for (const ConfigField& f : config_fields()) names.push_back(f.name);
   const std::string near = nearest_name(key, names);
   fail(Fault::config, "unknown setting '{}'{}", key,
-       key == "attention" ? "; --configs chooses it" : near.empty() ? "" : "; did you mean '" + near + "'?");
+       key == "attention"                   ? "; --configs chooses it"
+       : key == "preset" || key == "device" ? "; --" + key + " chooses it"
+       : near.empty()                       ? "; train_exp1 --print-config shows those there are"
+                                            : "; did you mean '" + near + "'?");
 }
 
 void validate(const Recipe& r) {

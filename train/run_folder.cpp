@@ -17,7 +17,7 @@ RunFolder::RunFolder(const std::string& path) : path_(path) {
     if (error) fail(Fault::io, "--out {}: cannot be read: {}", path, error.message());
     if (!empty)
       fail(Fault::usage, "--out {}: the folder already holds {}; choose a new one", path,
-           fs::exists(fs::path(path) / "results.json") ? "a run" : "files");
+           fs::exists(fs::path(path) / "results.json", error) ? "a run" : "files");
   } else {
     fs::create_directories(path, error);
     if (error) fail(Fault::io, "--out {}: cannot be made: {}", path, error.message());
@@ -26,9 +26,13 @@ RunFolder::RunFolder(const std::string& path) : path_(path) {
 }
 
 RunFolder RunFolder::existing(const std::string& path) {
-  for (const char* name : {"resolved_config.json", "results.json"})
-    if (!fs::is_regular_file(fs::path(path) / name))
+  for (const char* name : {"resolved_config.json", "results.json"}) {
+    std::error_code error;
+    const fs::file_type type = fs::status(fs::path(path) / name, error).type();
+    if (type == fs::file_type::none) fail(Fault::io, "--resume --out {}: {} cannot be read: {}", path, name, error.message());
+    if (type != fs::file_type::regular)
       fail(Fault::usage, "--resume --out {}: there is no {}; expected the folder of a run", path, name);
+  }
   RunFolder folder;
   folder.path_ = path;
   folder.open_metrics();
@@ -48,7 +52,12 @@ void RunFolder::write_text(const std::string& name, const std::string& content) 
     std::ofstream file(draft);
     file << content;
     file.close();
-    if (!file) fail(Fault::io, "{}: writing failed: {}", draft.string(), std::strerror(errno));
+    if (!file) {
+      const int reason = errno;
+      std::error_code ignored;
+      fs::remove(draft, ignored);
+      fail(Fault::io, "{}: writing failed: {}", draft.string(), std::strerror(reason));
+    }
   }
   std::error_code error;
   fs::rename(draft, target, error);

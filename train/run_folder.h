@@ -16,7 +16,6 @@ class RunFolder {
   explicit RunFolder(const std::string& path);
   // Opens a folder that holds a run, to continue it. Throws Fault::usage when it holds none.
   static RunFolder existing(const std::string& path);
-  const std::string& path() const { return path_; }
   // Replaces a file whole: writes beside it, then renames. Throws Fault::io.
   void write(const std::string& name, const Json& content) const;
   void write_text(const std::string& name, const std::string& content) const;

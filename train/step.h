@@ -47,8 +47,8 @@ class TrainingStep {
 
   int64_t updates_pending() const { return step_ - taken_; }  // queued and not taken: at most kInFlight
   static constexpr int kInFlight = 4;
-  // Waits for the oldest of them. Throws Fault::nonfinite naming the step and what was not finite: its update was not
-  // applied, nor any later one.
+  // Waits for the oldest of them. Throws Fault::nonfinite naming the step and what was not finite. Where that is a
+  // gradient, its update was not applied, nor any later one.
   StepResult take();
 
   // The memory of the captured work, where there is some. Between updates other work may run in it.

@@ -24,7 +24,7 @@ struct FieldOption {
   const char *option, *key, *help;
 };
 constexpr FieldOption kFieldOptions[] = {
-    {"--configs", "configs", "attention configurations, comma-separated: baseline, lora, enhanced"},
+    {"--configs", "configs", "attention configurations, comma-separated: "},
     {"--seeds", "seeds", "seeds, comma-separated"},
     {"--data", "data", "token files in llm.c's format or tokenize's folder, comma-separated: one corpus"},
     {"--protocol", "protocol", "seed (the published recipe) or strict (held-out documents, true schedule)"},
@@ -37,7 +37,7 @@ constexpr FieldOption kFieldOptions[] = {
 };
 
 int run(int argc, char** argv) {
-  CLI::App app{"Trains a Mixture-of-Experts transformer under three attention configurations, all alike."};
+  CLI::App app{"Trains a Mixture-of-Experts transformer under several attention configurations, all alike."};
   app.footer(kFooter);
   std::string preset, device = "auto", out;
   std::vector<std::string> settings;
@@ -47,8 +47,9 @@ int run(int argc, char** argv) {
   app.add_option("--device", device, "auto, cpu or cuda")->capture_default_str()->take_last();
   std::vector<std::pair<const FieldOption*, std::string>> fields;
   for (const FieldOption& f : kFieldOptions) fields.push_back({&f, ""});
-  for (auto& [f, text] : fields) app.add_option(f->option, text, f->help)->take_last();
-  app.add_option("--set", settings, "key=value, for every field that --print-config shows (graphs=0: on a GPU, no CUDA graphs); may be repeated");
+  for (auto& [f, text] : fields)
+    app.add_option(f->option, text, f->help + (f->key == std::string("configs") ? attention_list() : ""))->take_last();
+  app.add_option("--set", settings, "key=value, for every field that --print-config shows but preset, device and attention (graphs=0: on a GPU, no CUDA graphs); may be repeated");
   app.add_option("--out", out, "folder of the run, new (default: runs/exp1-<time>)")->take_last();
   app.add_flag("--resume", resume, "continue the run in --out: complete runs are kept, the others trained again");
   app.add_flag("--memory-report", memory_report, "write who held the memory at each run's peak, and a step's timeline");
@@ -63,6 +64,8 @@ int run(int argc, char** argv) {
     if (e.get_exit_code() == 0) return app.exit(e);
     fail(Fault::usage, "{} (see train_exp1 --help)", e.what());
   }
+  for (const char* option : {"--preset", "--out"})
+    if (app.count(option) && app[option]->as<std::string>().empty()) fail(Fault::usage, "{}: expected a name, found ''", option);
 
   if (resume && out.empty()) fail(Fault::usage, "--resume: name the run's folder with --out");
   if (device != "auto" && device != "cpu" && device != "cuda")
@@ -72,7 +75,7 @@ int run(int argc, char** argv) {
   const bool on_gpu = device == "cuda" || (device == "auto" && cuda_available());
   Recipe recipe = make_recipe(!preset.empty() ? preset : on_gpu ? "exp1" : "quick", on_gpu ? Device::cuda : Device::cpu);
   for (const auto& [f, text] : fields)
-    if (!text.empty()) set_field(recipe, f->key, text);
+    if (app.count(f->option)) set_field(recipe, f->key, text);
   for (const std::string& setting : settings) {
     const size_t equals = setting.find('=');
     if (equals == std::string::npos) fail(Fault::usage, "--set {}: expected key=value", setting);

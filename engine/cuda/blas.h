@@ -1,4 +1,4 @@
-// Matrix products on the GPU over cuBLASLt, on the compute stream. Used by matmul, grouped matmul and Muon.
+// Matrix products on the GPU over cuBLASLt, on the compute stream. Used by matmul, linear_cross_entropy and Muon.
 #pragma once
 #include <string>
 

@@ -1,5 +1,6 @@
 // The warp's matrix instructions (sm_80 and later) and the asynchronous copies that feed them, one function each.
-// Used by the attention kernels. In all layouts below lane = 4 g + c, with g in [0, 8) and c in [0, 4).
+// Used by attention, grouped products, the router and the loss. In all layouts below lane = 4 g + c, with g in [0, 8)
+// and c in [0, 4).
 #pragma once
 #include <cuda_runtime.h>
 

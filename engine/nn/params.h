@@ -1,5 +1,5 @@
-// The parameters of a model: one ordered list under dotted names, which are also the checkpoint's names. Layers draw
-// theirs from a Scope; optimizers choose theirs by Kind.
+// The parameters of a model: one ordered list under dotted names. Layers draw theirs from a Scope; optimizers choose
+// theirs by Kind.
 #pragma once
 #include <initializer_list>
 #include <set>

@@ -123,6 +123,12 @@ bool multiply(Cuda, Product product, const Grouped<T>& g) {
 
 }  // namespace
 
+void check_grouped_sizes(const char* op, int64_t rows, const Tensor& w) {
+  check(w.size(1) > 0 && w.size(2) > 0 && std::max({rows, w.size(1), w.size(2)}) < (int64_t{1} << 30),
+        "{} of {} rows by w {}: w's rows and columns must be at least 1, and all sizes less than 2^30", op, rows,
+        w.shape().str());
+}
+
 void multiply_grouped(GroupedProduct product, const Tensor& a, const Tensor& b, Tensor& c, const Tensor& offsets) {
   const Tensor& inputs = product == Product::forward ? a : product == Product::input_gradient ? c : b;
   const Tensor& outputs = product == Product::forward ? c : a;
@@ -152,10 +158,8 @@ Tensor grouped_matmul(const Tensor& x, const Tensor& w, const Routing& r) {
             w.dtype() == x.dtype() && w.device() == x.device(),
         "grouped_matmul needs x [{}, I] and w [{}, O, I] of one dtype on one device, found x {} of {}, w {} of {}",
         rows, s.experts, x.shape().str(), name_of(x.dtype()), w.shape().str(), name_of(w.dtype()));
-  const int64_t outputs = w.size(1), inputs = w.size(2);
-  check(inputs > 0 && outputs > 0 && std::max({rows, inputs, outputs}) < (int64_t{1} << 30),
-        "grouped_matmul of x {} and w {}: sizes must be from 1 to 2^30", x.shape().str(), w.shape().str());
-  Tensor y = Tensor::like(x, {rows, outputs});
+  check_grouped_sizes("grouped_matmul", rows, w);
+  Tensor y = Tensor::like(x, {rows, w.size(1)});
   multiply_grouped(Product::forward, x, w, y, r.offsets);
   return record("grouped_matmul", y, {x, w},
                 [x = x.detached(), w = w.detached(), offsets = r.offsets,

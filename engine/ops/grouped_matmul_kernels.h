@@ -21,6 +21,9 @@ struct Grouped {
   float* squares = nullptr;  // [E, ceil(outputs / kSquaredRows), ceil(inputs / kSquaredColumns)] or null
 };
 
+// Throws where the kernels cannot count the sizes of `rows` rows and w [E, O, I].
+void check_grouped_sizes(const char* op, int64_t rows, const Tensor& w);
+
 // c = the product of a and b, which are as in Grouped; sizes are checked by the caller. A weight gradient gets
 // Tensor::squares where the warpgroup kernel writes it.
 void multiply_grouped(GroupedProduct product, const Tensor& a, const Tensor& b, Tensor& c, const Tensor& offsets);

@@ -23,9 +23,6 @@ namespace {
 template <class T, class A = acc_t<T>>
 void row_losses(Cpu, T* z, const int32_t* targets, A* losses, int32_t* hits, int64_t rows, int64_t v, bool gradient,
                 double scale) {
-  for (int64_t row = 0; row < rows; ++row)
-    check(targets[row] >= 0 && targets[row] < v, "the loss: target {} of row {} is outside [0, {})", targets[row], row,
-          v);
   parallel_for(rows, std::max<int64_t>(1, 1024 / v), [=](int64_t from, int64_t to) {
     for (int64_t row = from; row < to; ++row) {
       T* zr = z + row * v;
@@ -206,6 +203,12 @@ Head checked(const char* op, const Tensor& x, const Tensor& weight, const Tensor
         op, name_of(x.dtype()), x.shape().str(), name_of(x.device()), name_of(weight.dtype()), weight.shape().str(),
         name_of(weight.device()), name_of(targets.dtype()), targets.shape().str(), name_of(targets.device()), chunk);
   const int64_t rows = x.shape().rows(), width = x.size(-1);
+  if (x.device() == Device::cpu)
+    for (int64_t row = 0; row < rows; ++row) {
+      const int32_t target = targets.data<int32_t>()[row];
+      check(target >= 0 && target < weight.size(0), "{}: target {} of row {} is outside [0, {})", op, target, row,
+            weight.size(0));
+    }
   return {x.detached().view({rows, width}), weight.detached(), targets.detached().view({rows}), rows, width,
           weight.size(0), std::min(chunk, rows)};
 }

@@ -470,9 +470,10 @@ NormedSum add_rms_norm(const Tensor& residual, const Tensor& x, const Tensor& we
 NormedSum add_rms_norm(const Tensor& residual, const Tensor& rows, const Routing& r, const Tensor& weight, double eps,
                        double p, RngKey key) {
   const RoutingSize s = size_of_routing("add_rms_norm", rows, r);
-  check(rows.rank() == 2 && rows.size(0) == s.tokens * s.chosen && residual && residual.shape().rows() == s.tokens,
-        "add_rms_norm needs {} rows and a residual of {} tokens, found {} and {}", s.tokens * s.chosen, s.tokens,
-        rows.shape().str(), residual.shape().str());
+  check(rows.rank() == 2 && rows.size(0) == s.tokens * s.chosen && residual && residual.shape().rows() == s.tokens &&
+            residual.size(-1) == rows.size(1),
+        "add_rms_norm needs {} rows and a residual of {} tokens, all of one width, found {} and {}",
+        s.tokens * s.chosen, s.tokens, rows.shape().str(), residual.shape().str());
   return add_rms_norm(residual, rows, weight, eps, p, key, r.slots, residual.shape());
 }
 

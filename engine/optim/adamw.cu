@@ -207,8 +207,4 @@ int64_t AdamW::steps() const {
   return steps;
 }
 
-void AdamW::set_steps(int64_t steps) {
-  if (progress_) copy_bytes(progress_.raw(), progress_.device(), &steps, Device::cpu, sizeof steps);
-}
-
 }  // namespace weft

@@ -19,12 +19,7 @@ class AdamW {
   void step(double learning_rate, const UpdateState* state);
   // The same with a state that the host knows: gradients times `grad_scale`.
   void step(double learning_rate, double grad_scale = 1);
-
-  // What a checkpoint keeps: both averages, and how many steps they hold.
-  const std::vector<Tensor>& averages() const { return m_; }
-  const std::vector<Tensor>& square_averages() const { return v_; }
-  int64_t steps() const;  // waits for the device
-  void set_steps(int64_t steps);
+  int64_t steps() const;  // that were applied; waits for the device
 
  private:
   std::vector<Tensor> parameters_, m_, v_;

@@ -24,12 +24,12 @@ WEFT_HD inline void conclude(UpdateState* s, double squares, int64_t bad_range, 
   const double norm = sqrt(squares);
   s->norm = static_cast<float>(norm);
   s->grad_scale = static_cast<float>(norm + 1e-6 > clip_norm ? clip_norm / (norm + 1e-6) : 1.0);
-  if (bad_range == kNone && norm <= 3.4e38) {
+  if (bad_range == kNone) {
     ++s->step;
     return;
   }
   s->finite = 0;
-  for (int p = 0; p < parameters && bad_range != kNone; ++p)
+  for (int p = 0; p < parameters; ++p)
     if (bad_range < first_range[p + 1]) {
       s->parameter = p;
       return;

@@ -14,7 +14,7 @@ struct UpdateState {
   float grad_scale = 1;    // multiplies gradients
   float norm = 0;          // of all gradients, before clipping
   int32_t finite = 1;      // 0 once a norm was not finite: from then on no update is applied, and nothing here changes
-  int32_t parameter = -1;  // whose gradient was not finite, the first; -1: none is, but the norm overflows
+  int32_t parameter = -1;  // the first whose gradient was not finite, or too large to square in f32; -1: none
   int32_t step = 0;        // how many norms were finite: the number of the first that was not
 };
 

@@ -22,7 +22,7 @@ class Muon {
   // The same with a state that the host knows: gradients times `grad_scale`.
   void step(double learning_rate, double grad_scale = 1);
 
-  const std::vector<Tensor>& momentum() const { return momentum_; }  // what a checkpoint keeps
+  const std::vector<Tensor>& momentum() const { return momentum_; }
 
  private:
   std::vector<Tensor> parameters_, momentum_;
