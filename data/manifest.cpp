@@ -120,8 +120,9 @@ std::optional<Manifest> check_token_file(const std::string& path, int64_t vocab_
       std::find_if(manifest->shards.begin(), manifest->shards.end(), [&](const Shard& s) { return s.file == name; });
   if (shard == manifest->shards.end()) return {};
   if (manifest->vocab_size > vocab_size) {
-    fail(Fault::data, "{}: made with a tokenizer of {} tokens ({}), but the model's vocab_size is {}; expected at least as "
-                      "many", path, manifest->vocab_size, manifest->tokenizer, vocab_size);
+    fail(Fault::data,
+         "{}: made with a tokenizer of {} tokens ({}), but the model's vocab_size is {}; expected at least as many", path,
+         manifest->vocab_size, manifest->tokenizer, vocab_size);
   }
   const auto bytes = static_cast<int64_t>(fs::file_size(path));
   if (bytes != shard->bytes) {

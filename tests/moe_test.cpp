@@ -241,10 +241,10 @@ TEST_CASE("routing: misuse is refused") {
   CHECK_THROWS_AS(gather_rows(Tensor::zeros({5, 2}, DType::f32, Device::cpu), r), Error);
   CHECK_THROWS_AS(grouped_matmul(Tensor::zeros({8, 2}, DType::f32, Device::cpu),
                                  Tensor::zeros({2, 2, 2}, DType::f32, Device::cpu), r), Error);
-  const Tensor rows = Tensor::zeros({8, 2}, DType::f32, Device::cpu), weight = Tensor::zeros({2}, DType::f32, Device::cpu);
-  CHECK_THROWS_WITH(add_rms_norm(Tensor::zeros({4, 3}, DType::f32, Device::cpu), rows, r, weight, 1e-6),
-                    doctest::Contains("of one width"));
-  CHECK_THROWS_WITH(grouped_matmul(rows, Tensor::zeros({3, 0, 2}, DType::f32, Device::cpu), r),
+  const auto zeros = [](const Shape& shape) { return Tensor::zeros(shape, DType::f32, Device::cpu); };
+  CHECK_THROWS_WITH(add_rms_norm(zeros({4, 3}), zeros({8, 2}), r, zeros({2}), 1e-6), doctest::Contains("of one width"));
+  CHECK_THROWS_WITH(grouped_matmul(zeros({8, 2}), zeros({3, 0, 2}), r), doctest::Contains("at least 1"));
+  CHECK_THROWS_WITH(expert_mlp(zeros({4, 2}), zeros({3, 0, 2}), zeros({3, 2, 0}), zeros({4, 2}), r, 0, {}),
                     doctest::Contains("at least 1"));
   CHECK_THROWS_AS(route(Tensor::zeros({0, 3}, DType::f32, Device::cpu), {.chosen = 2, .balance = 1}), Error);
 }

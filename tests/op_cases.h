@@ -1,5 +1,6 @@
 // The table of ops that op_test walks. One entry buys its checks (against its reference, f64 finite differences, bf16
-// against f32, CPU against CUDA in f32 and bf16) and a benchmark. To add an op's entry, append it to its group's file in op_cases/.
+// against f32, CPU against CUDA in f32 and bf16) and a benchmark. To add an op's entry, append it to its group's file in
+// op_cases/.
 #pragma once
 #include <functional>
 #include <string>

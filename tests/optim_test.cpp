@@ -207,6 +207,13 @@ void check_clipping(Device device) {
   CHECK(clip.read().finite == 0);
   CHECK(clip.read().parameter == 1);
   CHECK(clip.read().step == 2);
+
+  // A gradient whose squares are more than f32 holds counts as not finite.
+  GradientClip overflow(leaves, 2);
+  fill(gradients[2].rows(0, 1), 2e19);
+  overflow.measure();
+  CHECK(overflow.read().finite == 0);
+  CHECK(overflow.read().parameter == 2);
 }
 
 Tensor sums_of_squares(const Tensor& x, int64_t parts) {

@@ -223,6 +223,9 @@ TEST_CASE("train_tokenizer writes what tokenize reads, the same each time") {
   CHECK(run("detokenize --tokenizer " + (scratch / "a.json") + " " + (scratch / "out/train_000000.bin")).text ==
         "<|endoftext|>" + some_text(3000));
   CHECK(run(train + (scratch / "c.json") + " --vocab-size 10 " + (scratch / "a.txt") + " 2>&1").code == 2);
+  const auto on_a_folder = run(train + (scratch / "out") + " " + (scratch / "a.txt") + " 2>&1");
+  CHECK(on_a_folder.code == 5);
+  CHECK_MESSAGE(on_a_folder.text.find("expected a file or nothing") != std::string::npos, on_a_folder.text);
 }
 
 TEST_CASE("bad input: the file, the place and what was expected, and no output folder") {

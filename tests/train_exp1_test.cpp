@@ -153,6 +153,7 @@ TEST_CASE("bad input is answered with what is wrong and the documented exit code
     if (c.code <= 5) CHECK_MESSAGE(!fs::exists(out), c.arguments << " left a folder");
   }
   CHECK(run(kTiny + "--out " + (scratch / "a_file")).code == 2);
+  CHECK(run(kTiny + "--out ''").text.find("--out: expected a name") != std::string::npos);
   CHECK(run(kTiny + "--out " + (scratch / "a_file/run")).code == 5);
   const Answer both = run(kTiny + "--set top_k=5 --set heads=5 --dry-run");
   CHECK_MESSAGE(both.text.find("multiple of heads") != std::string::npos, "all violations at once: " << both.text);

@@ -222,7 +222,8 @@ int run(int argc, char** argv) {
     if (equals == std::string::npos) fail(Fault::usage, "--set {}: expected key=value", s);
     const std::string key = s.substr(0, equals);
     for (const char* fixed : {"optimizer", "accumulate", "steps", "memory_limit_gb"})
-      if (key == fixed) fail(Fault::usage, "--set {}: a timed step is one micro-batch and AdamW, as often as --steps says", s);
+      if (key == fixed)
+        fail(Fault::usage, "--set {}: a timed step is one micro-batch and AdamW, as often as --steps says", s);
     set_field(r, key, s.substr(equals + 1));
   }
   validate(r);

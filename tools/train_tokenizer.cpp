@@ -20,8 +20,6 @@ void write_file(const std::string& path, const std::string& text) {
   out << text;
   out.close();
   std::error_code error;
-  if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error))
-    out.setstate(std::ios::failbit);  // a device or folder is not to be replaced
   if (out) std::filesystem::rename(unfinished, path, error);
   if (!out || error) {
     std::filesystem::remove(unfinished, error);
@@ -63,6 +61,9 @@ int run(int argc, char** argv) {
         special.begin() + static_cast<int64_t>(i))
       fail(Fault::usage, "--special '{}' is given twice", special[i]);
   }
+  std::error_code error;
+  if (std::filesystem::exists(out, error) && !std::filesystem::is_regular_file(out, error))
+    fail(Fault::io, "--out {}: a folder or device is there, expected a file or nothing", out);
   text.invalid_utf8 = invalid_utf8 == "replace" ? InvalidUtf8::replace : InvalidUtf8::stop;
   text.bad_line = bad_line == "skip" ? BadLine::skip : BadLine::stop;
   PreTokenizer pre_tokenizer;

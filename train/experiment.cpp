@@ -97,7 +97,7 @@ void Experiment::run(const std::string& out) {
 void Experiment::resume(const std::string& out) {
   RunFolder folder = RunFolder::existing(out);
   must_equal(folder.read("resolved_config.json"), resolved_config(recipe_), "", out);
-  const char* const algorithms = "gemm_algorithms";  // with and without --deterministic the same text trains differently
+  const char* const algorithms = "gemm_algorithms";  // a run timed and one --deterministic are two experiments
   must_equal(folder.read("env.json").value(algorithms, Json()), algorithm_settings()[algorithms], algorithms, out);
   const Json results = folder.read("results.json");
   if (results.value("schema", Json()) != kSchema || !results.contains("setup") || !results.value("runs", Json()).is_array())

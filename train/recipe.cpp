@@ -60,7 +60,8 @@ const std::vector<RecipeField>& fields() {
       {"data", [](Recipe& r, const std::string& t) {
          r.data = split_list(t);
          for (const std::string& name : r.data)
-           if (name.empty()) fail(Fault::config, "data must be names of files or folders, comma-separated, found '{}'", t);
+           if (name.empty())
+             fail(Fault::config, "data must be names of files or folders, comma-separated, found '{}'", t);
        },
        [](const Recipe& r) -> Json { return r.data; }},
       choice("protocol", &Recipe::protocol, "seed", Protocol::seed, "strict", Protocol::strict),

@@ -29,7 +29,8 @@ RunFolder RunFolder::existing(const std::string& path) {
   for (const char* name : {"resolved_config.json", "results.json"}) {
     std::error_code error;
     const fs::file_type type = fs::status(fs::path(path) / name, error).type();
-    if (type == fs::file_type::none) fail(Fault::io, "--resume --out {}: {} cannot be read: {}", path, name, error.message());
+    if (type == fs::file_type::none)
+      fail(Fault::io, "--resume --out {}: {} cannot be read: {}", path, name, error.message());
     if (type != fs::file_type::regular)
       fail(Fault::usage, "--resume --out {}: there is no {}; expected the folder of a run", path, name);
   }

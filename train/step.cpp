@@ -131,8 +131,8 @@ StepResult TrainingStep::take() {
            result.losses[i], kept);
   }
   if (!state.finite)
-    fail(Fault::nonfinite, "optimizer step {}: the gradient of {} is not finite, or its squares are not; {}", result.step,
-         params_.list()[static_cast<size_t>(state.parameter)].name, kept);
+    fail(Fault::nonfinite, "optimizer step {}: the gradient of {} is not finite, or its squares are not; {}",
+         result.step, params_.list()[static_cast<size_t>(state.parameter)].name, kept);
   result.gradient_norm = state.norm;
   result.micro_ms = record.backward_done.milliseconds_since(record.begin) / static_cast<double>(result.losses.size());
   result.update_ms = record.end.milliseconds_since(record.backward_done);

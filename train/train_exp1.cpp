@@ -49,7 +49,9 @@ int run(int argc, char** argv) {
   for (const FieldOption& f : kFieldOptions) fields.push_back({&f, ""});
   for (auto& [f, text] : fields)
     app.add_option(f->option, text, f->help + (f->key == std::string("configs") ? attention_list() : ""))->take_last();
-  app.add_option("--set", settings, "key=value, for every field that --print-config shows but preset, device and attention (graphs=0: on a GPU, no CUDA graphs); may be repeated");
+  app.add_option("--set", settings,
+                 "key=value, for every field that --print-config shows but preset, device and attention (graphs=0: on a GPU, "
+                 "no CUDA graphs); may be repeated");
   app.add_option("--out", out, "folder of the run, new (default: runs/exp1-<time>)")->take_last();
   app.add_flag("--resume", resume, "continue the run in --out: complete runs are kept, the others trained again");
   app.add_flag("--memory-report", memory_report, "write who held the memory at each run's peak, and a step's timeline");
@@ -64,8 +66,8 @@ int run(int argc, char** argv) {
     if (e.get_exit_code() == 0) return app.exit(e);
     fail(Fault::usage, "{} (see train_exp1 --help)", e.what());
   }
-  for (const char* option : {"--preset", "--out"})
-    if (app.count(option) && app[option]->as<std::string>().empty()) fail(Fault::usage, "{}: expected a name, found ''", option);
+  for (const auto& [option, text] : {std::pair{"--preset", &preset}, std::pair{"--out", &out}})
+    if (app.count(option) && text->empty()) fail(Fault::usage, "{}: expected a name, found ''", option);
 
   if (resume && out.empty()) fail(Fault::usage, "--resume: name the run's folder with --out");
   if (device != "auto" && device != "cpu" && device != "cuda")

@@ -195,12 +195,14 @@ Tensor expert_mlp(const Tensor& x, const Tensor& up, const Tensor& down, const T
   check(x.rank() == 2 && x.size(0) == s.tokens && up.rank() == 3 && up.size(0) == s.experts &&
             up.size(2) == x.size(1) && down.shape() == Shape({s.experts, x.size(1), up.size(1)}) &&
             up.dtype() == x.dtype() && down.dtype() == x.dtype() && weights.shape() == r.slots.shape() &&
-            weights.dtype() == wide && up.device() == x.device() && down.device() == x.device() &&
-            weights.device() == x.device(),
-        "expert_mlp needs x [{0}, D], up [{1}, F, D], down [{1}, D, F] of one dtype and weights {2} of {3}, all on one "
-        "device, found {4}, {5}, {6} and {7} of {8}",
+            weights.dtype() == wide,
+        "expert_mlp needs x [{0}, D], up [{1}, F, D], down [{1}, D, F] of one dtype and weights {2} of {3}, found {4}, "
+        "{5}, {6} and {7} of {8}",
         s.tokens, s.experts, r.slots.shape().str(), name_of(wide), x.shape().str(), up.shape().str(),
         down.shape().str(), weights.shape().str(), name_of(weights.dtype()));
+  check(up.device() == x.device() && down.device() == x.device() && weights.device() == x.device(),
+        "expert_mlp needs x, up, down and weights on one device, found {}, {}, {} and {}", name_of(x.device()),
+        name_of(up.device()), name_of(down.device()), name_of(weights.device()));
   check(p >= 0 && p < 1, "expert_mlp's probability of dropout must be in [0, 1), found {}", p);
   const int64_t rows = s.tokens * s.chosen;
   check_grouped_sizes("expert_mlp", rows, up);
